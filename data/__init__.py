@@ -1,0 +1,32 @@
+"""Data sets as uint8 pictures on the device, in batches."""
+
+from data.ilmvp import clean_class_name, write_ilmvp
+from data.image_set import ImageSet
+from data.loader import Batch, BatchLoader
+from data.presets import (
+    Preset,
+    clip_preset,
+    padding_preset,
+    watermarking_test_preset,
+    watermarking_train_preset,
+)
+from data.registry import DATASETS, DatasetInfo, Task, check_dataset_name, image_size, load_task
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "BatchLoader",
+    "DatasetInfo",
+    "ImageSet",
+    "Preset",
+    "Task",
+    "check_dataset_name",
+    "clean_class_name",
+    "clip_preset",
+    "image_size",
+    "load_task",
+    "padding_preset",
+    "watermarking_test_preset",
+    "watermarking_train_preset",
+    "write_ilmvp",
+]

@@ -1,0 +1,442 @@
+"""ILM-VP folders: ``train.lmdb``, ``test.lmdb`` and ``split.json``, read without trusting them, and written.
+
+========== =================================================
+LMDB key   value
+========== =================================================
+__len__    pickled int, number of samples
+__keys__   pickled list of bytes, the keys of the samples
+each key   pickled (encoded image as bytes, label as int)
+========== =================================================
+
+``split.json`` has the lists "train", "val" and "test" of [path, label, class name]; its paths are never opened.
+"""
+
+import io
+import json
+import os
+import pickle
+import pickletools
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+from data.presets import open_image
+
+MAX_RECORD_BYTES = 64 << 20
+MAX_SPLIT_BYTES = 256 << 20
+MAX_CLASSES = 1_000_000
+MAX_SAMPLES = 100_000_000
+
+# All that a pickle of int, bytes, str, list and tuple consists of in protocols 2 to 5. Nothing here can name a class,
+# call anything, or (unlike the text opcodes of protocol 0) take long over a number.
+_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
+    "BININT BININT1 BININT2 LONG1 SHORT_BINBYTES BINBYTES BINBYTES8 "
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("refused a persistent id")
+
+
+def restricted_loads(data, where):
+    """Unpickle int, bytes, str, list and tuple, and nothing else.
+
+    The opcodes are checked before anything is executed: sizes lie within the data, so that a few bytes can't ask for
+    gigabytes, and memo indices count up, since the C unpickler allocates a table up to the largest one.
+
+    Parameters
+    ----------
+    data : bytes-like
+        At most `MAX_RECORD_BYTES`.
+    where : str
+        Names file and key in error messages.
+
+    Raises
+    ------
+    ValueError
+        Anything else is in there, or the data are damaged.
+    """
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError(f"{where}: record of {len(data):,} bytes; at most {MAX_RECORD_BYTES:,} are read")
+    data, memo = bytes(data), 0
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name not in _OPCODES:
+                raise pickle.UnpicklingError(f"opcode {opcode.name} is not allowed")
+            if opcode.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+                if opcode.name != "MEMOIZE" and argument > memo:
+                    raise pickle.UnpicklingError("memo index out of order")
+                memo += 1
+            if opcode.name == "FRAME" and argument > len(data):
+                raise pickle.UnpicklingError("frame longer than the record")
+        return _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # damaged pickles raise nearly anything
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(
+            f"{where}: not a safe pickle of int, bytes, str, list and tuple ({type(error).__name__}: {reason}); "
+            "fetch or prepare this file again"
+        ) from None
+
+
+def _short(key):
+    return repr(key if len(key) <= 40 else key[:40])
+
+
+class LmdbSource:
+    """Pictures and labels of one LMDB, in the order of its ``__keys__``.
+
+    Nothing is opened before the first read, and again after a fork: an open LMDB must not be carried across one.
+
+    Parameters
+    ----------
+    path : str or Path
+        LMDB file, or a folder that holds ``data.mdb``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        On the first read: no such file, no whole LMDB, a record that is not what it should be.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._owner = self._environment = self._index = self._labels = None
+        self._lock = threading.Lock()
+
+    @property
+    def file(self):
+        """The file that holds the data."""
+        return self.path / "data.mdb" if self.path.is_dir() else self.path
+
+    @property
+    def title(self):
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def place(self):
+        """Where the data are, as a text that tells sources apart."""
+        return os.path.abspath(self.path)
+
+    def require(self):
+        """Raise a FileNotFoundError where there is no such file, without opening it."""
+        if not self.file.is_file():
+            raise FileNotFoundError(
+                f"{self.file} does not exist; an ILM-VP folder holds train.lmdb, test.lmdb and split.json"
+            )
+
+    def fingerprint(self):
+        """Changes when the file does: path, size in bytes, modification time in ns."""
+        status = self.file.stat()
+        return [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
+
+    def _open(self):
+        with self._lock:
+            if self._owner != os.getpid():
+                self._environment, self._owner = self._opened(), os.getpid()
+            return self._environment
+
+    def _opened(self):
+        self.require()
+        copy_again = "it is damaged or only half copied; copy or download it again"
+        try:
+            environment = lmdb.open(
+                os.fspath(self.path),
+                subdir=self.path.is_dir(),
+                readonly=True,
+                lock=False,
+                readahead=False,
+                create=False,
+            )
+        except (lmdb.Error, OSError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{self.file} is not an LMDB file ({error}); {copy_again}") from None
+        # Reading a page that lies beyond the end of the file would end the process with SIGBUS.
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        size = self.file.stat().st_size
+        if size < needed:
+            environment.close()
+            raise ValueError(
+                f"{self.file} has {size:,} bytes and should have at least {needed:,}; {copy_again}"
+            )
+        return environment
+
+    def _record(self, key, kind):
+        where = f"{self.file}, key {_short(key)}"
+        with self._open().begin(buffers=True) as transaction:
+            try:
+                value = transaction.get(key)
+            except lmdb.Error as error:
+                raise ValueError(f"{where}: {error}; copy or download this file again") from None
+            if value is None:
+                raise ValueError(
+                    f"{where}: no such key; the file is not a whole ILM-VP LMDB, prepare it again"
+                )
+            record = restricted_loads(value, where)
+        if type(record) is not kind:
+            raise ValueError(
+                f"{where}: holds a {type(record).__name__}, expected {kind.__name__}; prepare this file again"
+            )
+        return record
+
+    @property
+    def keys(self):
+        """list of bytes : keys of the samples."""
+        if self._index is None:
+            count, keys = self._record(b"__len__", int), self._record(b"__keys__", list)
+            entries = self._open().stat()["entries"]
+            if not 0 < count <= min(entries, MAX_SAMPLES) or count != len(keys):
+                raise ValueError(
+                    f"{self.file}: __len__ is {_bounded(count)}, __keys__ has {len(keys)} and the file {entries} "
+                    "entries; expected one number above 0; prepare this file again"
+                )
+            for key in keys:
+                if type(key) is not bytes or not 0 < len(key) <= 511:
+                    raise ValueError(
+                        f"{self.file}: __keys__ holds something other than keys; prepare it again"
+                    )
+            if len(set(keys)) != count:
+                raise ValueError(f"{self.file}: __keys__ names a key twice; prepare this file again")
+            self._index = keys
+        return self._index
+
+    def __len__(self):
+        return len(self.keys)
+
+    @property
+    def names(self):
+        """list of str : the keys, readable."""
+        return [key.decode("utf-8", "backslashreplace") for key in self.keys]
+
+    def where(self, i):
+        """Name sample `i` in a message."""
+        return f"{self.file}, key {_short(self.keys[i])}"
+
+    def record(self, i):
+        """Encoded picture (bytes) and label (int, 0 to `MAX_CLASSES` - 1) of sample `i`."""
+        record = self._record(self.keys[i], tuple)
+        if len(record) != 2 or type(record[0]) is not bytes or type(record[1]) is not int:
+            raise ValueError(f"{self.where(i)}: expected (image bytes, int label); prepare this file again")
+        if not 0 <= record[1] < MAX_CLASSES:
+            raise ValueError(
+                f"{self.where(i)}: label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}; prepare it again"
+            )
+        return record
+
+    @property
+    def labels(self):
+        """numpy.ndarray : (N,) int64, in the order of `keys`."""
+        if self._labels is None:
+            self._labels = np.array([self.record(i)[1] for i in range(len(self))], dtype=np.int64)
+        return self._labels
+
+    def image(self, i):
+        """Picture of sample `i`, a PIL image in mode RGB."""
+        return open_image(self.record(i)[0], self.where(i))
+
+    def close(self):
+        """Let go of the file; the next read opens it again."""
+        with self._lock:
+            if self._environment is not None and self._owner == os.getpid():
+                self._environment.close()
+            self._environment = self._owner = None
+
+
+def _bounded(number):
+    """A hostile int as text: Python refuses to print very long ones."""
+    return str(number) if abs(number) < 10**18 else "beyond 18 digits"
+
+
+def clean_class_name(name):
+    """Lower-case, with ``_`` and ``-`` turned into spaces: ``"Hard-leaved_Orchid"`` to ``"hard leaved orchid"``."""
+    return name.lower().replace("_", " ").replace("-", " ")
+
+
+def read_split(path):
+    """Class names and label counts of a ``split.json``.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    class_names : list of str
+        Cleaned name of each label 0 to T-1, gathered from all splits.
+    counts : dict of str to Counter
+        For "train", "val" and "test", how often each label occurs.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Missing, too large, or anything but such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; it gives the class names, fetch it with the LMDB files"
+        )
+    again = "fetch or prepare it again"
+    if path.stat().st_size > MAX_SPLIT_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}"
+        )
+    try:
+        splits = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {reason}); {again}") from None
+    if not isinstance(splits, dict) or not all(
+        isinstance(splits.get(s, []), list) for s in ("train", "val", "test")
+    ):
+        raise ValueError(f'{path}: expected an object with the lists "train", "val" and "test"; {again}')
+    for required in ("train", "test"):
+        if not splits.get(required):
+            raise ValueError(f'{path}: "{required}" is missing or empty; {again}')
+    names, counts = {}, {}
+    for split in ("train", "val", "test"):
+        counts[split] = Counter()
+        for i, entry in enumerate(splits.get(split, [])):
+            where = f'{path}: entry {i} of "{split}"'
+            if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
+                raise ValueError(f"{where} is not [path, label, class name]; {again}")
+            label, name = entry[1], clean_class_name(entry[2])
+            if not 0 <= label < MAX_CLASSES:
+                raise ValueError(
+                    f"{where}: label {_bounded(label)}, expected 0 to {MAX_CLASSES - 1}; {again}"
+                )
+            if not name.strip() or len(name) > 1000 or not name.isprintable():
+                raise ValueError(f"{where}: the class name is empty, too long or unprintable; {again}")
+            if names.setdefault(label, name) != name:
+                raise ValueError(
+                    f"{where}: label {label} is {name[:60]!r} here, {names[label][:60]!r} before; {again}"
+                )
+            counts[split][label] += 1
+    missing = next((label for label in range(len(names)) if label not in names), None)
+    if missing is not None:
+        raise ValueError(f"{path}: label {missing} has no class name although {max(names)} has one; {again}")
+    return [names[label] for label in range(len(names))], counts
+
+
+def check_against_split(labels, counts, lmdb_file, split_file):
+    """Compare the labels of an LMDB with what ``split.json`` says of that split, whatever the order.
+
+    Raises
+    ------
+    ValueError
+        Other numbers of samples, or another number for a label.
+    """
+    found = Counter(labels.tolist())
+    if found == counts:
+        return
+    total, expected = found.total(), counts.total()
+    if total != expected:
+        difference = f"{total} samples against {expected}"
+    else:
+        label = min(label for label in found.keys() | counts.keys() if found[label] != counts[label])
+        difference = f"{found[label]} samples of label {label} against {counts[label]}"
+    raise ValueError(f"{lmdb_file} disagrees with {split_file}: {difference}; take both from one source")
+
+
+def write_ilmvp(folder, *, train, test, class_names):
+    """Write an ILM-VP folder that the published readers open too.
+
+    The folder appears whole or not at all: it is written beside its place, flushed to disk, and renamed.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Must not exist yet, or be empty.
+    train, test : iterable of (bytes, int, str)
+        Encoded picture, label, and the name to give it in ``split.json`` (a path, say).
+    class_names : sequence of str
+        Name of each label.
+
+    Raises
+    ------
+    FileExistsError
+        `folder` holds something already.
+    ValueError
+        No samples, or a label without a class name.
+    OSError
+        The disk is full or refuses; nothing is left behind.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; name a new folder or remove this one first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        splits = {}
+        for split, samples in (("train", train), ("val", ()), ("test", test)):
+            splits[split] = []
+            if split != "val":
+                for name, label in _write_lmdb(draft / f"{split}.lmdb", samples, len(class_names)):
+                    splits[split].append([name, label, class_names[label]])
+        with open(draft / "split.json", "w", encoding="utf-8") as file:
+            json.dump(splits, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(0o755)
+        os.replace(draft, folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _write_lmdb(path, samples, num_classes):
+    """Write one split; return the (name, label) of its samples. Grows the map as needed: its size is the file's."""
+    listed, size = [], 16 << 20
+    environment = lmdb.open(
+        os.fspath(path), subdir=False, map_size=size, lock=False, sync=False, metasync=False
+    )
+    try:
+
+        def put(items):
+            nonlocal size
+            while True:
+                try:
+                    with environment.begin(write=True) as transaction:
+                        for key, value in items:
+                            transaction.put(key, pickle.dumps(value, protocol=4))
+                    return
+                except lmdb.MapFullError:
+                    size *= 2
+                    environment.set_mapsize(size)
+
+        pending, pending_bytes = [], 0
+        for i, (encoded, label, name) in enumerate(samples):
+            if not 0 <= label < num_classes:
+                raise ValueError(f"{name}: label {label}, but there are {num_classes} class names")
+            listed.append((str(name), int(label)))
+            pending.append((str(i).encode(), (bytes(encoded), int(label))))
+            pending_bytes += len(encoded)
+            if pending_bytes > 8 << 20:
+                put(pending)
+                pending, pending_bytes = [], 0
+        if not listed:
+            raise ValueError(f"no samples for {path.name}; expected at least one")
+        keys = [str(i).encode() for i in range(len(listed))]
+        put([*pending, (b"__len__", len(keys)), (b"__keys__", keys)])
+        environment.sync(True)
+    finally:
+        environment.close()
+    return listed
+
+
+def _sync_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

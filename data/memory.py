@@ -1,0 +1,23 @@
+"""How much memory may be used for data."""
+
+import os
+from pathlib import Path
+
+
+def available_memory():
+    """Bytes of main memory that this process could still take without swapping, container limits included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        try:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (AttributeError, OSError, ValueError):
+            return 4 << 30
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, max(0, limit - int((group / "memory.current").read_text())))
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    return free

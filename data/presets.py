@@ -1,0 +1,151 @@
+"""Named image presets: how a picture is stored once, and how a batch of stored pictures is varied in training.
+
+A preset splits a torchvision transform in two. The part that is the same every epoch (resize, centre crop) is done
+once a picture, in PIL, when the data set is decoded. The part that is drawn anew every epoch (random crop, flip) is
+done on whole batches of stored uint8 pictures by :class:`data.loader.BatchLoader`. Normalisation belongs to the model.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+# Pillow's own default for a picture that is no longer trusted to be one; fixed here, since that global may be changed.
+MAX_PIXELS = 89_478_485
+# What data sets are made of. Left to itself Pillow would also try formats that start other programs, such as EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def open_image(encoded, where):
+    """Decode an untrusted picture.
+
+    Parameters
+    ----------
+    encoded : bytes
+        A file in one of `FORMATS`.
+    where : str
+        Names the picture in error messages, e.g. ``"flowers102/train.lmdb, key b'17'"``.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB, fully decoded.
+
+    Raises
+    ------
+    ValueError
+        The bytes are no picture, are cut off, or hold more than `MAX_PIXELS` pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        size = image.size
+        if size[0] * size[1] <= MAX_PIXELS:
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}: {error}; remove this image or store a smaller one") from None
+    except Exception as error:  # Pillow's parsers let nearly any exception out on damaged input
+        reason = str(error).partition("\n")[0][:120].replace(f"{io.BytesIO.__name__}", "data")
+        raise ValueError(
+            f"{where}: not a readable image ({type(error).__name__}: {reason}); "
+            f"allowed are whole {', '.join(FORMATS)} files; replace or remove it"
+        ) from None
+    raise ValueError(
+        f"{where}: image of {size[0]}x{size[1]} pixels; at most {MAX_PIXELS:,} pixels are read; "
+        "remove this image or store a smaller one"
+    )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How pictures are stored, and what varies from epoch to epoch.
+
+    Attributes
+    ----------
+    size : int
+        Side of the stored square picture, in pixels.
+    resize : {"exact", "shorter-side"}
+        ``exact`` maps the whole picture onto the square, as ``torchvision.transforms.Resize((size, size))``.
+        ``shorter-side`` keeps the aspect ratio and cuts the centre out, as ``Resize(size)`` and ``CenterCrop(size)``.
+    interpolation : {"bilinear", "bicubic"}
+        PIL's antialiased filters, which are what torchvision uses on PIL images.
+    crop : int or None
+        Side of the random crop taken from the stored picture in every epoch; None takes it whole.
+    flip : bool
+        Whether a picture is mirrored left to right with probability 1/2 in every epoch.
+    """
+
+    size: int
+    resize: str = "exact"
+    interpolation: str = "bilinear"
+    crop: int | None = None
+    flip: bool = False
+
+    def __post_init__(self):
+        assert self.resize in ("exact", "shorter-side") and self.interpolation in _FILTERS
+        assert self.size > 0 and (self.crop is None or 0 < self.crop <= self.size)
+
+    @property
+    def output_size(self):
+        """Side of the pictures that a loader hands out, in pixels."""
+        return self.crop or self.size
+
+    @property
+    def storage(self):
+        """Names the stored form, e.g. ``"128-exact-bilinear"``; presets that store alike share a cache file."""
+        return f"{self.size}-{self.resize}-{self.interpolation}"
+
+    def store(self, image, where="image"):
+        """Bring one picture into its stored form.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+            Mode RGB, any size.
+        where : str
+            Names the picture in error messages.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (size, size, 3), uint8.
+        """
+        width, height = image.size
+        if self.resize == "exact":
+            new_width = new_height = self.size
+        else:
+            shorter = min(width, height)
+            new_width, new_height = int(self.size * width / shorter), int(self.size * height / shorter)
+            if new_width * new_height > MAX_PIXELS:
+                raise ValueError(
+                    f"{where}: {width}x{height} pixels would become {new_width}x{new_height} when resized; "
+                    f"at most {MAX_PIXELS:,} pixels are made; crop or remove this image"
+                )
+        if (new_width, new_height) != (width, height):
+            image = image.resize((new_width, new_height), _FILTERS[self.interpolation])
+        left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
+        if left or top:
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return np.asarray(image)
+
+
+def padding_preset(image_size):
+    """Padding VR, train and test: pictures of `image_size` pixels, nothing random."""
+    return Preset(image_size)
+
+
+def watermarking_train_preset(canvas_size):
+    """Watermarking VR, training: stored 4 pixels larger than the canvas, cropped and mirrored at random."""
+    return Preset(canvas_size + 4, crop=canvas_size, flip=True)
+
+
+def watermarking_test_preset(canvas_size):
+    """Watermarking VR, test: pictures of the size of the canvas, nothing random."""
+    return Preset(canvas_size)
+
+
+def clip_preset(size):
+    """CLIP's own preprocessing without its normalisation: shorter side to `size` (bicubic), centre crop."""
+    return Preset(size, resize="shorter-side", interpolation="bicubic")
