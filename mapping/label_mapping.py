@@ -1,0 +1,363 @@
+"""Output label mappings as modules: observe (logits, labels), refresh, map logits.
+
+S is the number of pretrained labels (`num_source`), T that of downstream labels (`num_target`).
+"""
+
+import difflib
+import math
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .estimators import bayesian, frequencies, labels_without_mass, one_to_one
+from .statistics import Statistics
+
+LINEAR_VARIANTS = ("none", "nobias", "sigmoid")
+_LABELS_NAMED = 20  # in a warning
+
+
+class LabelMapping(nn.Module):
+    """Turns S pretrained logits into T downstream logits. Made by `build_mapping`.
+
+    Attributes
+    ----------
+    name : str
+        Canonical name: a key of `MAPPINGS`.
+    num_source, num_target : int
+        S and T.
+    estimated : bool
+        Whether it is made from observed statistics; `observe` and `refresh` do nothing otherwise.
+    iterative : bool
+        Whether the method re-estimates it every epoch.
+    trainable : bool
+        Whether it has parameters for a gradient to train.
+    k : int or None
+        Probabilities kept a sample (BLM+).
+    """
+
+    iterative = trainable = False
+    _fallback = ""  # what an estimated mapping does about labels without a sample
+
+    def __init__(self, name, num_source, num_target, statistics=None):
+        super().__init__()
+        self.name, self.num_source, self.num_target = name, num_source, num_target
+        self.estimated = statistics is not None
+        self.k = statistics.k if self.estimated else None
+        self.ready = not self.estimated  # whether there is a mapping to apply
+        self._statistics = statistics
+        self._warned = set()
+
+    @property
+    def weights(self):
+        """The mapping as a matrix, (S, T) float32 without gradient; not to be written to."""
+        raise AssertionError("each kind of mapping has its own")
+
+    @property
+    def source_index(self):
+        """The pretrained label of each downstream label, (T,) int64, for one-to-one mappings; else None."""
+        return None
+
+    # Statistics outlive the inference mode they may be observed in, hence ordinary tensors without gradient.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe(self, logits, labels):
+        """Add a batch to the statistics; any number of calls, on any device.
+
+        Parameters
+        ----------
+        logits : Tensor, (n, S), floating point of any precision
+        labels : Tensor, (n,), integer in [0, T)
+
+        Raises
+        ------
+        ValueError
+            Wrong shape or type, or labels out of range (on an accelerator those are reported by `refresh`).
+        """
+        if self.estimated:
+            self._statistics.observe(logits, labels)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self):
+        """Make what was observed the mapping, and clear the statistics.
+
+        A downstream label that was not observed gets a uniform column 1/S or, one-to-one, an unused
+        pretrained label; one warning names such labels.
+
+        Raises
+        ------
+        FloatingPointError
+            Observed logits were not finite. The mapping stays as it was, the statistics are cleared.
+        ValueError
+            Observed labels were out of range; likewise.
+        RuntimeError
+            Nothing was observed.
+        """
+        if not self.estimated:
+            return
+        if not self._statistics.num_samples:
+            raise RuntimeError(f"{self.name}: refresh() without a sample observed since the last one")
+        try:
+            table = self._statistics.table()
+            absent = labels_without_mass(table)
+            self._estimate(table)
+        finally:
+            self._statistics.clear()
+        self.ready = True
+        self._warn_once(absent)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def all_reduce_statistics(self):
+        """Sum the statistics over all ranks, each of which must call this once before `refresh`.
+
+        Does nothing where torch.distributed is not initialised.
+        """
+        if self.estimated and dist.is_available() and dist.is_initialized():
+            self._statistics.all_reduce(next(self.buffers()).device)
+
+    def get_extra_state(self):
+        return {"ready": self.ready, "statistics": self._statistics.state() if self.estimated else None}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_extra_state(self, state):
+        self.ready = state["ready"]
+        if self.estimated:
+            self._statistics.load_state(state["statistics"])
+
+    def extra_repr(self):
+        return f"{self.name}, num_source={self.num_source}, num_target={self.num_target}"
+
+    def _estimate(self, table):
+        raise AssertionError("only estimated mappings have statistics")
+
+    def _warn_once(self, absent):
+        if not absent or tuple(absent) in self._warned:
+            return
+        self._warned.add(tuple(absent))
+        named = ", ".join(map(str, absent[:_LABELS_NAMED]))
+        more = f" and {len(absent) - _LABELS_NAMED} more" if len(absent) > _LABELS_NAMED else ""
+        message = f"{self.name}: no training sample of downstream labels {named}{more}; {self._fallback}"
+        warnings.warn(message, stacklevel=1)
+
+    def _check(self, logits):
+        if logits.shape[-1] != self.num_source:
+            raise ValueError(
+                f"got logits of shape {tuple(logits.shape)}, expected (n, {self.num_source}): "
+                f"one column for each pretrained label"
+            )
+        self._check_ready()
+
+    def _check_ready(self):
+        if not self.ready:
+            raise RuntimeError(f"{self.name} has no mapping yet: observe() training samples, then refresh()")
+
+
+class OneToOneMapping(LabelMapping):
+    """Random (`rlm`), frequent (`flm`) and iterative (`ilm`) label mapping: ``logits[:, source_index]``.
+
+    `rlm` draws T distinct pretrained labels with `seed`; without a seed, see `estimators.one_to_one`.
+    """
+
+    _fallback = "they take the smallest unused pretrained labels"
+
+    def __init__(self, name, num_source, num_target, *, iterative=False, seed=None):
+        if num_source < num_target:
+            raise ValueError(
+                f"mapping {name!r} gives each downstream label a pretrained label of its own, but got "
+                f"{num_source} pretrained and {num_target} downstream labels; use blm, blmpp or linear"
+            )
+        statistics, index = Statistics(num_source, num_target), torch.zeros(num_target, dtype=torch.int64)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            statistics, index = None, torch.randperm(num_source, generator=generator)[:num_target].clone()
+        super().__init__(name, num_source, num_target, statistics)
+        self.iterative = iterative
+        self.register_buffer("_index", index)
+
+    @property
+    def source_index(self):
+        self._check_ready()
+        return self._index
+
+    @property
+    def weights(self):
+        index = self.source_index
+        one_hot = torch.zeros(self.num_source, self.num_target, device=index.device)
+        one_hot[index, torch.arange(self.num_target, device=index.device)] = 1
+        return one_hot
+
+    def forward(self, logits):
+        """Map (n, S) logits of any precision to (n, T) float32."""
+        self._check(logits)
+        return logits.index_select(1, self._index).float()
+
+    def _estimate(self, table):
+        self._index = one_to_one(table).to(self._index.device)
+
+
+class BayesianMapping(LabelMapping):
+    """Bayesian-guided label mapping (`blm`, `blmpp`): ``logits @ weights``, see `estimators.bayesian`."""
+
+    iterative = True
+    _fallback = "their weights are uniform over the pretrained labels"
+
+    def __init__(self, name, num_source, num_target, *, laplace, bayes, k=None):
+        super().__init__(name, num_source, num_target, Statistics(num_source, num_target, k))
+        self.laplace, self.bayes = laplace, bayes
+        self.register_buffer("_weights", torch.zeros(num_source, num_target))
+
+    @property
+    def weights(self):
+        self._check_ready()
+        return self._weights
+
+    def forward(self, logits):
+        """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
+        self._check(logits)
+        return _float32_product(logits, self._weights)
+
+    def _estimate(self, table):
+        # The old weights go first, to make room. Whoever still holds them keeps them as they were.
+        self.ready, device = False, self._weights.device
+        self._weights = self._weights.new_empty(0)
+        self._weights = (bayesian(table, self.laplace) if self.bayes else frequencies(table)).to(device)
+
+
+class LinearMapping(LabelMapping):
+    """A learned matrix (`linear`), the paper's gradient-trained reference: ``logits @ weights + bias``.
+
+    Variants: "none" with a bias, "nobias" without, "sigmoid" with weights through a sigmoid and no bias.
+    Initialised as `torch.nn.Linear` is, uniform in ±1/sqrt(S).
+    """
+
+    trainable = True
+
+    def __init__(self, name, num_source, num_target, *, seed, variant):
+        super().__init__(name, num_source, num_target)
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(num_source)
+
+        def uniform(*shape):
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+
+        self.variant = variant
+        self.matrix = uniform(num_source, num_target)
+        self.bias = uniform(num_target) if variant == "none" else None
+
+    @property
+    def weights(self):
+        return self._effective().detach()
+
+    def forward(self, logits):
+        """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
+        self._check(logits)
+        product = _float32_product(logits, self._effective())
+        return product if self.bias is None else product + self.bias
+
+    def _effective(self):
+        return self.matrix.sigmoid() if self.variant == "sigmoid" else self.matrix
+
+
+def _float32_product(logits, weights):
+    # In float16 a uniform weight is subnormal from S = 16,384 on, and a sum of so many products loses digits.
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits.float() @ weights
+
+
+# From a name to what builds the mapping, given S, T and the options that it needs of `build_mapping`'s.
+MAPPINGS = {
+    "rlm": lambda s, t, *, seed, **_: OneToOneMapping("rlm", s, t, seed=seed),
+    "flm": lambda s, t, **_: OneToOneMapping("flm", s, t),
+    "ilm": lambda s, t, **_: OneToOneMapping("ilm", s, t, iterative=True),
+    "blm": lambda s, t, *, laplace, bayes, **_: BayesianMapping("blm", s, t, laplace=laplace, bayes=bayes),
+    "blmpp": lambda s, t, *, laplace, bayes, k, **_: BayesianMapping(
+        "blmpp", s, t, laplace=laplace, bayes=bayes, k=k
+    ),
+    "linear": lambda s, t, *, seed, variant, **_: LinearMapping("linear", s, t, seed=seed, variant=variant),
+}
+ALIASES = {"blmp": "blmpp"}
+
+
+def check_mapping_name(name):
+    """Canonical name of a mapping.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message gives the valid ones and the closest.
+    """
+    canonical = ALIASES.get(name, name)
+    if canonical not in MAPPINGS:
+        raise ValueError(_not_among("mapping", name, [*MAPPINGS, *ALIASES]))
+    return canonical
+
+
+def build_mapping(
+    name,
+    num_source,
+    num_target,
+    *,
+    laplace=1.0,
+    topk_ratio=0.15,
+    seed=0,
+    bayes=True,
+    topk=True,
+    linear_variant="none",
+):
+    """Build a label mapping.
+
+    Parameters
+    ----------
+    name : str
+        "rlm", "flm", "ilm", "blm", "blmpp" (alias "blmp") or "linear".
+    num_source, num_target : int, >= 1
+        Pretrained labels S and downstream labels T; one-to-one mappings (rlm, flm, ilm) need S >= T.
+    laplace : float, >= 0
+        Smoothing of blm and blmpp.
+    topk_ratio : float in (0, 1]
+        blmpp keeps K = max(1, floor(topk_ratio * T)) probabilities a sample, at most S.
+    seed : int
+        Of rlm's draw and linear's initial weights; torch's global generators are not touched.
+    bayes : bool
+        False leaves out the Bayesian step (ablation of blm, blmpp): columns of the counts, normalised.
+    topk : bool
+        False keeps all S probabilities of a sample (ablation of blmpp).
+    linear_variant : {"none", "nobias", "sigmoid"}
+        See `LinearMapping`.
+
+    Returns
+    -------
+    LabelMapping
+        rlm and linear are ready for use; the others after `observe` and `refresh`.
+
+    Raises
+    ------
+    ValueError
+        Unknown name or variant, a value out of range, S < T one-to-one, or an ablation of a mapping that has
+        no such step.
+    """
+    name = check_mapping_name(name)
+    if num_source < 1 or num_target < 1:
+        raise ValueError(f"got {num_source} pretrained, {num_target} downstream labels; expected 1 or more each")
+    if not 0 <= laplace < math.inf:
+        raise ValueError(f"got laplace={laplace}, expected a finite number >= 0 (the paper's is 1)")
+    if not 0 < topk_ratio <= 1:
+        raise ValueError(f"got topk_ratio={topk_ratio}, expected a number in (0, 1] (the paper's is 0.15)")
+    if linear_variant not in LINEAR_VARIANTS:
+        raise ValueError(_not_among("linear variant", linear_variant, LINEAR_VARIANTS))
+    if not bayes and name not in ("blm", "blmpp"):
+        raise ValueError(f"bayes=False is an ablation of blm and blmpp, got mapping {name!r}; leave it True")
+    if not topk and name != "blmpp":
+        raise ValueError(f"topk=False is an ablation of blmpp, got mapping {name!r}; leave it True")
+    k = max(1, math.floor(round(topk_ratio * num_target, 9))) if topk else num_source  # 0.29 * 100 < 29
+    options = {"laplace": laplace, "seed": seed, "bayes": bayes, "variant": linear_variant}
+    return MAPPINGS[name](num_source, num_target, k=min(k, num_source), **options)
+
+
+def _not_among(what, got, valid):
+    closest = difflib.get_close_matches(str(got).lower(), valid, n=1, cutoff=0)[0]
+    return f"unknown {what} {got!r}: expected one of {', '.join(valid)} (closest: {closest})"

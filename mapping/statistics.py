@@ -1,0 +1,261 @@
+"""Streaming statistics of (predicted pretrained label, true downstream label) pairs.
+
+Axis suffixes: n samples, s pretrained labels, t downstream labels, k kept probabilities a sample. A cell
+(s, t) of the table has the key ``s * T + t``. Memory is bounded by the table, whatever the number of samples.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .estimators import scatter_sum
+
+DENSE_BYTES = 2**30  # a table up to this size is dense; with the float32 weights made from it, under 2 GB
+_DENSE_SHARE = 1 / 16  # share of non-zero cells at which merging keys takes about the room of a dense table
+_PENDING_ENTRIES = 2**21  # entries gathered before they are merged into the sorted keys
+_SCRATCH_CELLS = 2**21  # numbers of scratch for a batch, some 8 MB whatever n and S; a kept entry takes four
+
+
+class Table:
+    """An (S, T) table of sums: dense, or sorted keys with values while that is the smaller of the two.
+
+    Parameters
+    ----------
+    num_source, num_target : int
+    dtype : torch.int64 or torch.float64
+    device : torch.device
+    """
+
+    def __init__(self, num_source, num_target, dtype, device):
+        self.num_source, self.num_target = num_source, num_target
+        self.num_cells = num_source * num_target
+        self.keys = torch.zeros(0, dtype=torch.int64, device=device)
+        self.values = torch.zeros(0, dtype=dtype, device=device)
+        self.pending = []  # (keys, values) not merged yet
+        self.num_pending = 0
+        self.dense = None  # (S * T,) once the table is dense
+        if self.num_cells * self.values.element_size() <= DENSE_BYTES:
+            self._make_dense()
+
+    @property
+    def device(self):
+        return self.values.device
+
+    def to(self, device):
+        """Move the table."""
+        self._merge()
+        self.keys, self.values = self.keys.to(device), self.values.to(device)
+        self.dense = None if self.dense is None else self.dense.to(device)
+
+    def add(self, keys, values):
+        """Add ``values`` (m,) to the cells ``keys`` (m,); a key may occur more than once."""
+        if self.dense is not None:
+            self.dense.index_put_((keys,), values, accumulate=True)
+            return
+        self.pending.append((keys, values))
+        self.num_pending += len(keys)
+        if self.num_pending >= max(_PENDING_ENTRIES, len(self.keys) // 2):
+            self._merge()
+
+    def entries(self):
+        """Keys of the non-zero cells, ascending, and their values."""
+        if self.dense is None:
+            self._merge()
+            return self.keys, self.values
+        keys = self.dense.nonzero().flatten()
+        return keys, self.dense[keys]
+
+    def tensor(self):
+        """The table as an (S, T) tensor, strided or sparse COO; the former shares the table's memory."""
+        self._merge()
+        shape = self.num_source, self.num_target
+        if self.dense is not None:
+            return self.dense.view(shape)
+        indices = torch.stack([self.keys // self.num_target, self.keys % self.num_target])
+        return torch.sparse_coo_tensor(indices, self.values, shape, is_coalesced=True, check_invariants=False)
+
+    def all_reduce(self):
+        """Sum the table over all ranks; each ends with the same table, bit for bit."""
+        self._merge()
+        anywhere_dense = torch.tensor([self.dense is not None], dtype=torch.int64, device=self.device)
+        dist.all_reduce(anywhere_dense, dist.ReduceOp.MAX)
+        if anywhere_dense:
+            self._make_dense()
+            dist.all_reduce(self.dense)
+            return
+        size = torch.tensor([len(self.keys)], device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, size)
+        sizes = [int(size) for size in sizes]
+        keys, values = (self._gather(mine, sizes) for mine in (self.keys, self.values))
+        self.keys, self.values = self.keys[:0], self.values[:0]
+        self.pending, self.num_pending = list(zip(keys, values, strict=True)), sum(sizes)
+        self._merge()
+
+    @staticmethod
+    def _gather(mine, sizes):
+        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine))])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return [theirs[:size] for theirs, size in zip(gathered, sizes, strict=True)]
+
+    def _merge(self):
+        if not self.pending:
+            return
+        keys = torch.cat([self.keys, *(keys for keys, _ in self.pending)])
+        values = torch.cat([self.values, *(values for _, values in self.pending)])
+        self.pending, self.num_pending = [], 0
+        self.keys, cell_of = keys.unique(return_inverse=True)  # sorted
+        self.values = scatter_sum(cell_of, values, len(self.keys))
+        if len(self.keys) > _DENSE_SHARE * self.num_cells:
+            self._make_dense()
+
+    def _make_dense(self):
+        if self.dense is None:
+            self.dense = scatter_sum(self.keys, self.values, self.num_cells)
+            self.keys, self.values = self.keys[:0].clone(), self.values[:0].clone()
+
+
+class Statistics:
+    """What one pass over the training set leaves of its logits: an (S, T) table.
+
+    Without `k`, ``counts[s, t]``: samples with highest pretrained logit s and downstream label t, int64.
+    With `k`, ``mass[s, t]``: sum over samples of label t of their probability of s, where each sample keeps
+    the k largest of its S softmax probabilities; softmax and top-k in float32, sum in float64.
+
+    The table lives where the logits are. On an accelerator `observe` waits for nothing: what is wrong with
+    labels or logits is noted there, and raised by `table`.
+
+    Parameters
+    ----------
+    num_source, num_target : int
+        S and T.
+    k : int or None, 1 <= k <= S
+    """
+
+    def __init__(self, num_source, num_target, k=None):
+        self.num_source, self.num_target, self.k = num_source, num_target, k
+        self.clear()
+
+    def clear(self):
+        """Forget everything observed."""
+        self.num_samples = 0
+        self._table = None
+        self._extremes = None  # int64 on the device: [is any logit not finite, -lowest label, highest label]
+
+    def observe(self, logits, labels):
+        """Add a batch.
+
+        Parameters
+        ----------
+        logits : Tensor, (n, S), floating point of any precision
+        labels : Tensor, (n,), integer in [0, T)
+
+        Raises
+        ------
+        ValueError
+            Wrong shape or type of either, or labels out of range (on an accelerator `table` says so).
+        """
+        if logits.ndim != 2 or logits.shape[1] != self.num_source or not logits.is_floating_point():
+            raise ValueError(
+                f"got {logits.dtype} logits of shape {tuple(logits.shape)}, expected floating point of shape "
+                f"(n, {self.num_source}): one column for each pretrained label"
+            )
+        if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.dtype is torch.bool:
+            raise ValueError(
+                f"got {labels.dtype} labels of shape {tuple(labels.shape)}, expected integers of shape "
+                f"({len(logits)},): one downstream label for each row of logits"
+            )
+        if not len(logits):
+            return
+        labels = labels.to(logits.device, torch.int64)
+        lowest, highest = labels.aminmax()
+        if labels.device.type == "cpu":
+            self._check_labels(int(lowest), int(highest))
+        self._place(logits.device)
+        self.num_samples += len(logits)
+        clipped = labels.clamp(0, self.num_target - 1)  # out of range, an accelerator would abort the process
+        rows = max(1, _SCRATCH_CELLS // (self.num_source + 4 * (self.k or 1)))
+        finite = True
+        for logits_ns, labels_n in zip(logits.split(rows), clipped.split(rows), strict=True):
+            values_nk, source_nk = self._predict(logits_ns)
+            # NaN and infinity prevail in maximum and softmax, so the kept values tell of the whole row.
+            finite = values_nk.isfinite().all() & finite
+            if self.k is None:
+                values_nk = torch.ones_like(source_nk)
+            keys_nk = source_nk * self.num_target + labels_n[:, None]
+            self._table.add(keys_nk.flatten(), values_nk.to(self._table.values.dtype).flatten())
+        extremes = torch.stack([finite.logical_not().to(torch.int64), -lowest, highest])
+        self._extremes = extremes if self._extremes is None else self._extremes.maximum(extremes)
+
+    def table(self):
+        """The (S, T) table of all that was observed, strided or sparse COO.
+
+        Raises
+        ------
+        FloatingPointError
+            Logits were not finite.
+        ValueError
+            Labels were out of range.
+        """
+        assert self.num_samples, "no samples were observed"
+        not_finite, minus_lowest, highest = self._extremes.tolist()
+        if not_finite:
+            raise FloatingPointError("logits were not finite: no label mapping can be estimated from them")
+        self._check_labels(-minus_lowest, highest)
+        return self._table.tensor()
+
+    def all_reduce(self, device):
+        """Sum over all ranks of torch.distributed, each of which must call this.
+
+        Parameters
+        ----------
+        device : torch.device
+            Where the table is made on a rank that observed nothing.
+        """
+        self._place(device if self._table is None else self._table.device)
+        if self._extremes is None:
+            self._extremes = torch.tensor([0, -self.num_target, -1], device=self._table.device)
+        num_samples = torch.tensor([self.num_samples], device=self._table.device)
+        dist.all_reduce(num_samples)
+        dist.all_reduce(self._extremes, dist.ReduceOp.MAX)
+        self._table.all_reduce()
+        self.num_samples = int(num_samples)
+
+    def state(self):
+        """Everything as tensors and plain values, or None if nothing was observed."""
+        if not self.num_samples:
+            return None
+        keys, values = self._table.entries()
+        return {"num_samples": self.num_samples, "extremes": self._extremes, "keys": keys, "values": values}
+
+    def load_state(self, state):
+        """Restore what `state` returned."""
+        self.clear()
+        if state is not None:
+            self._place(state["values"].device)
+            self.num_samples, self._extremes = state["num_samples"], state["extremes"].clone()
+            self._table.add(state["keys"], state["values"])
+
+    def _predict(self, logits_ns):
+        """The values (n, k) that each row of logits keeps, and the pretrained labels they belong to."""
+        if self.k is None:
+            return logits_ns.max(dim=1, keepdim=True)  # the first of equal ones
+        probability_ns = torch.softmax(logits_ns.float(), dim=1)
+        if self.k == self.num_source:
+            return probability_ns, torch.arange(self.k, device=logits_ns.device).expand_as(probability_ns)
+        return probability_ns.topk(self.k, dim=1, sorted=False)
+
+    def _place(self, device):
+        if self._table is None:
+            dtype = torch.int64 if self.k is None else torch.float64
+            self._table = Table(self.num_source, self.num_target, dtype, device)
+        elif self._table.device != device:
+            self._table.to(device)
+            self._extremes = self._extremes.to(device)
+
+    def _check_labels(self, lowest, highest):
+        if lowest < 0 or highest >= self.num_target:
+            raise ValueError(
+                f"got downstream labels from {lowest} to {highest}, expected 0 to {self.num_target - 1}: "
+                f"is num_target={self.num_target} the number of classes?"
+            )
