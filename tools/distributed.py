@@ -1,0 +1,72 @@
+"""Several processes as one: what the scripts need of ``torchrun``, and nothing where there is a single process."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    """This process's number, 0 without ``torchrun``."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes, 1 without ``torchrun``."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device):
+    """Join the group that ``torchrun`` describes (NCCL on GPUs, gloo elsewhere) for as long as the block runs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(device):
+    """The GPU of this process on its machine where ``device`` is a bare ``cuda``."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+@contextmanager
+def main_process_first():
+    """Run the block in process 0, then in the others: one of them fills a cache, the others find it filled."""
+    if world_size() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
+
+
+def sum_over_processes(*tensors):
+    """Add up each tensor over the processes, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def any_process(flag, device):
+    """Whether ``flag`` is true (or how large the greatest one is) in any process; an int."""
+    if world_size() == 1:
+        return int(flag)
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def from_main_process(value):
+    """Process 0's ``value`` in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

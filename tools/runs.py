@@ -1,0 +1,322 @@
+"""The run folder: settings, metrics, checkpoints and result of one training run, safe against being cut off.
+
+A folder holds ``config.json`` (every setting, library versions, git commit), ``metrics.jsonl`` (a line an epoch),
+``last.pt`` and the checkpoint before it (``previous.pt``), ``best.pt``, and ``result.json`` once the run is finished.
+Checkpoints carry the metrics of all epochs so far, so that the other files can always be made again from them.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+# settings that may differ between a run and its continuation: they change where and how, not what
+FREE_SETTINGS = frozenset(
+    ("data_path", "results_path", "device", "workers", "overwrite", "tensorboard", "on_nonfinite")
+)
+_LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
+
+
+def run_folder(results_path, kind, settings):
+    """``<results-path>/<kind>/<dataset>/<backbone>_<reprogramming>_<mapping>_seed<seed>``, a Path.
+
+    Parameters
+    ----------
+    results_path : str or Path
+    kind : str
+        ``vm``, ``vlm`` or ``vm_fast``.
+    settings : dict
+        With ``dataset, backbone, reprogramming, mapping, seed``.
+    """
+    kept = {key: _as_file_name(settings[key]) for key in ("dataset", "backbone", "reprogramming", "mapping")}
+    leaf = "{backbone}_{reprogramming}_{mapping}_seed{seed}".format(**kept, seed=settings["seed"])
+    return Path(results_path) / kind / kept["dataset"] / leaf
+
+
+def _as_file_name(text):
+    if text.startswith("folder:"):
+        text = "folder-" + Path(text.removeprefix("folder:")).resolve().name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+
+
+def check_writable(path):
+    """Check that ``path`` can be made or written to, without writing anything.
+
+    Raises
+    ------
+    OSError
+        That names the path and what stands in the way.
+    """
+    path = Path(path).absolute()
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"cannot write to {path}: {existing} is a file; choose another --results-path")
+    if not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise PermissionError(f"cannot write to {path}: no permission in {existing}; choose another --results-path")
+
+
+class Run:
+    """One run folder, held by one process at a time.
+
+    Parameters
+    ----------
+    folder : Path
+    kind : str
+        ``vm``, ``vlm`` or ``vm_fast``.
+    settings : dict
+        Every setting, in plain JSON values.
+    overwrite : bool
+        Start anew where the folder holds a run already.
+
+    Raises
+    ------
+    ValueError
+        Where the folder holds a run with other settings (which are listed), or another process is at work in it.
+    """
+
+    def __init__(self, folder, kind, settings, overwrite=False):
+        self.folder, self.kind, self.settings, self.overwrite = Path(folder), kind, settings, overwrite
+        self.metrics = []
+        self._lock = None
+        if not overwrite:
+            self._refuse_other_settings()
+
+    def _refuse_other_settings(self):
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        earlier = read_json(path)["settings"]
+        fields = sorted((earlier.keys() | self.settings.keys()) - FREE_SETTINGS)
+        different = [
+            f"{field} was {earlier.get(field)!r} and is {self.settings.get(field)!r}"
+            for field in fields
+            if earlier.get(field) != self.settings.get(field)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({'; '.join(different)}); "
+                "take another --results-path, or --overwrite to start anew"
+            )
+
+    @property
+    def result(self):
+        """What ``result.json`` holds where the run is finished, else None."""
+        path = self.folder / "result.json"
+        return read_json(path) if path.exists() and not self.overwrite else None
+
+    def open(self):
+        """Take hold of the folder and write ``config.json``; returns the checkpoint to go on from, or None.
+
+        Raises
+        ------
+        ValueError
+            Where another process holds the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ValueError(f"another process is at work in {self.folder}; wait for it or stop it") from error
+        if self.overwrite:
+            for name in ("result.json", "last.pt", "previous.pt", "best.pt", "metrics.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+        checkpoint = self._load_newest()
+        if checkpoint is None or not (self.folder / "config.json").exists():
+            write_json(self.folder / "config.json", {
+                "kind": self.kind, "settings": self.settings, "versions": _versions(), "git_commit": _git_commit(),
+            })
+        self.metrics = checkpoint["metrics"] if checkpoint else []
+        self._write_metrics()
+        return checkpoint
+
+    def close(self):
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _load_newest(self):
+        for name in ("last.pt", "previous.pt"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                return load_checkpoint(path)
+            except ValueError as error:
+                print(f"warning: {error}; going back to the checkpoint before it", file=sys.stderr)
+        return None
+
+    def save_epoch(self, metrics, state):
+        """Keep one finished epoch: checkpoint first, then the line in ``metrics.jsonl``.
+
+        Parameters
+        ----------
+        metrics : dict
+            One epoch's line; its ``test_accuracy`` decides about ``best.pt`` (the first of equals stays).
+        state : dict
+            Tensors and plain values that `open` gives back after a restart.
+        """
+        best_before = max((line["test_accuracy"] for line in self.metrics), default=-math.inf)
+        self.metrics.append(metrics)
+        checkpoint = {"kind": self.kind, "settings": self.settings, "metrics": self.metrics, **state}
+        temporary = self.folder / ".last.pt.tmp"
+        _save_durably(checkpoint, temporary)
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        if metrics["test_accuracy"] > best_before:
+            _link_over(temporary, self.folder / "best.pt")
+        if last.exists():
+            _link_over(last, previous)
+        os.replace(temporary, last)
+        _sync_folder(self.folder)
+        self._write_metrics()
+
+    def finish(self, result):
+        """Write ``result.json``: from now on the run counts as finished."""
+        write_json(self.folder / "result.json", result)
+
+    def _write_metrics(self):
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics)
+        _write_durably(self.folder / "metrics.jsonl", text)
+
+
+def summarise(settings, metrics):
+    """``result.json`` of a finished run.
+
+    Parameters
+    ----------
+    settings : dict
+    metrics : list of dict
+        The lines of ``metrics.jsonl``.
+
+    Returns
+    -------
+    dict; accuracies are fractions of 1, ``best_accuracy`` is best-on-test (the papers' habit), at the first such epoch.
+    """
+    accuracies = [line["test_accuracy"] for line in metrics]
+    best = max(accuracies)
+    kept = ("dataset", "backbone", "reprogramming", "mapping", "seed", "epochs")
+    return {key: settings[key] for key in kept} | {
+        "final_accuracy": accuracies[-1], "best_accuracy": best, "best_epoch": accuracies.index(best),
+    }
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of a run folder on the CPU, checking that it is whole.
+
+    Raises
+    ------
+    ValueError
+        Where the file is damaged or no checkpoint of this project.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not verify the checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"bad checksum in {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"kind", "settings", "metrics", "mapping", "program"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"no {', '.join(sorted(missing))} in it")
+    except Exception as error:  # the readers of zip and pickle fail in many ways on damaged files
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{path} is damaged or no checkpoint of this project ({reason})") from error
+    return checkpoint
+
+
+def read_json(path):
+    """The content of a JSON file; ValueError names the file where it holds none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} holds no valid JSON ({error})") from error
+
+
+def write_json(path, value):
+    """Write ``value`` to a JSON file so that it is there whole or not at all."""
+    _write_durably(Path(path), json.dumps(value, indent=2) + "\n")
+
+
+def _write_durably(path, text):
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _save_durably(value, path):
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        path.unlink(missing_ok=True)
+        size = sum(t.numel() * t.element_size() for t in _tensors(value))
+        free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+        raise OSError(
+            f"could not save a checkpoint in {path.parent}: it needs about {size / 2**20 + 1:.0f} MiB and "
+            f"{free / 2**20:.0f} MiB are free; the checkpoint before it is untouched ({error})"
+        ) from error
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _link_over(source, target):
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions():
+    found = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def _git_commit():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not every copy is a git checkout

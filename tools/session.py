@@ -1,0 +1,217 @@
+"""One training run from command line to result: what the three scripts share around their loop."""
+
+import signal
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from tools import distributed
+from tools.runs import Run, check_writable, run_folder, summarise
+from tools.training import Interrupted, NonFiniteError, Trainer
+
+
+@contextmanager
+def user_errors():
+    """Turn errors that a user can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Session:
+    """Set up a run, go on where it was cut off, keep every finished epoch, and close it with a result.
+
+    Parameters
+    ----------
+    cfg : Config
+        Settings of a script.
+    assemble : callable
+        ``assemble(cfg, device) -> tools.assembly.System``.
+    optimizer : callable
+        ``optimizer([program]) -> torch.optim.Optimizer``.
+    schedule : str
+        See `tools.training.learning_rate`.
+    """
+
+    def __init__(self, cfg, assemble, optimizer, schedule):
+        self.cfg, self._assemble, self._optimizer, self._schedule = cfg, assemble, optimizer, schedule
+        self.extra_results = {}
+
+    def __enter__(self):
+        self._stack = ExitStack()
+        try:
+            self._set_up()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _set_up(self):
+        cfg, start = self.cfg, time.perf_counter()
+        device = distributed.local_device(cfg.torch_device)
+        self._stack.enter_context(distributed.process_group(device))
+        self.main = distributed.rank() == 0
+        _set_up_arithmetic(device, cfg.precision, cfg.deterministic)
+        with user_errors():
+            check_writable(cfg.results_path)
+            folder = run_folder(cfg.results_path, cfg.kind, cfg.settings)
+            self.run = Run(folder, cfg.kind, cfg.settings, cfg.overwrite)
+            if self.run.result is not None:
+                self.log(f"{folder} is finished: {self.run.result['final_accuracy']:.2%} final accuracy; "
+                         "--overwrite starts anew")
+                sys.exit(0)
+            system = self._assemble(cfg, device)
+            loaders = system.loaders(cfg.batch_size, cfg.seed)
+            self.log(f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
+                     f"{len(system.task.test.labels)} test images, {system.task.num_target} classes; "
+                     f"{loaders['train'].description}")
+            self.log(f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {device}, "
+                     f"{cfg.precision}; {system.network.description}")
+        self.system, self.task, self.mapping = system, system.task, system.mapping
+        self.iterative = cfg.iteration and system.mapping.iterative
+        self.trainer = Trainer(
+            system.network, system.input_vr.program, system.mapping, loaders,
+            self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, cfg.precision, cfg.on_nonfinite,
+        )
+        self._previous_weights = None
+        with user_errors():
+            checkpoint = self.run.open() if self.main else None
+            self._stack.callback(self.run.close)
+        checkpoint = distributed.from_main_process(checkpoint)
+        self.first_epoch = 0
+        if checkpoint is not None:
+            self.trainer.load_state_dict(checkpoint)
+            self.run.metrics = checkpoint["metrics"]
+            self.first_epoch = len(checkpoint["metrics"])
+            if self.first_epoch:
+                self._previous_weights = self._weights()
+            self.log(f"going on after epoch {self.first_epoch - 1} of {folder}")
+        self.log(f"run folder: {folder}; ready after {time.perf_counter() - start:.1f} s")
+        self._stack.enter_context(_signals_to(self.trainer))
+        self._tensorboard = _open_tensorboard(folder) if cfg.tensorboard and self.main else None
+
+    def log(self, text):
+        """Print a line, once whatever the number of processes."""
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
+    def epochs(self):
+        """The numbers of the epochs that are still to be done."""
+        yield from range(self.first_epoch, self.cfg.epochs)
+
+    def end_epoch(self, epoch, trained, test_accuracy):
+        """Keep an epoch: its metrics, and all that is needed to go on after it.
+
+        Parameters
+        ----------
+        epoch : int
+        trained : dict
+            What `Trainer.train` returned.
+        test_accuracy : float
+        """
+        weights = self._weights()
+        change = None if self._previous_weights is None else _distance(weights, self._previous_weights)
+        self._previous_weights = weights
+        seconds = {step: round(self.trainer.seconds.pop(step, 0.0), 3) for step in ("estimate", "train", "test")}
+        metrics = {
+            "epoch": epoch, "train_loss": trained["train_loss"], "train_accuracy": trained["train_accuracy"],
+            "test_accuracy": test_accuracy, "mapping_change": change, "lr": trained["lr"], "seconds": seconds,
+        }
+        if self.main:
+            with _failing_with_code_1():
+                self.run.save_epoch(metrics, {
+                    **self.trainer.state_dict(), **self.extra_results, "class_names": self.task.class_names,
+                    "source_names": self.system.classifier.source_names,
+                })
+        else:
+            self.run.metrics.append(metrics)
+        if self._tensorboard is not None:
+            for name in ("train_loss", "train_accuracy", "test_accuracy", "mapping_change", "lr"):
+                if metrics[name] is not None:
+                    self._tensorboard.add_scalar(name, metrics[name], epoch)
+            self._tensorboard.flush()
+        shown = "" if change is None else f", mapping change {change:.3g}"
+        self.log(f"epoch {epoch + 1}/{self.cfg.epochs}: loss {metrics['train_loss']:.4f}, "
+                 f"train {metrics['train_accuracy']:.2%}, test {test_accuracy:.2%}{shown}, "
+                 f"{sum(seconds.values()):.1f} s")
+
+    def _weights(self):
+        index = self.mapping.source_index
+        return (self.mapping.weights if index is None else index).detach().clone()
+
+    def finish(self):
+        """Write ``result.json`` and say what came out."""
+        result = summarise(self.cfg.settings, self.run.metrics) | self.extra_results
+        if self.main:
+            self.run.finish(result)
+        if self.trainer.skipped_steps:
+            self.log(f"{self.trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
+        self.log(f"final accuracy {result['final_accuracy']:.2%}; best on test {result['best_accuracy']:.2%} "
+                 f"after epoch {result['best_epoch'] + 1}")
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, Interrupted):
+                self.log(f"{error}: stopped after a batch; {len(self.run.metrics)} finished epochs are kept, "
+                         "the same command goes on from there")
+                sys.exit(128 + error.signum)
+            if isinstance(error, NonFiniteError):
+                kept = f"{len(self.run.metrics)} epochs" if self.run.metrics else "nothing yet"
+                print(f"error: {error}; last good checkpoint: {self.run.folder / 'last.pt'} ({kept}); try a smaller "
+                      "--lr, --precision fp32, or --on-nonfinite skip", file=sys.stderr)
+                sys.exit(3)
+        finally:
+            self._stack.close()
+
+
+def _distance(weights, previous):
+    """‖ω − ω'‖₂ over all entries; for one-to-one mappings from the two index vectors alone."""
+    if weights.dim() == 1:
+        return (2 * float((weights != previous).sum())) ** 0.5
+    return float(torch.linalg.vector_norm(weights - previous))
+
+
+@contextmanager
+def _failing_with_code_1():
+    try:
+        yield
+    except OSError as error:  # a full disk, most often: nothing to mend in the command line
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def _signals_to(trainer):
+    """Have SIGINT and SIGTERM end the run after the batch at hand; a second one ends it at once."""
+    def request_stop(signum, frame):
+        trainer.stop_signal = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    earlier = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
+
+
+def _set_up_arithmetic(device, precision, deterministic):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def _open_tensorboard(folder):
+    with user_errors():
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(str(folder))

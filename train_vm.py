@@ -1,0 +1,31 @@
+"""python train_vm.py --dataset flowers102 --mapping blm --seed 0
+
+Reprogram a frozen vision model: train an input pattern while the mapping from pretrained to downstream labels is
+estimated anew before every epoch (Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", 2024).
+"""
+
+import sys
+from functools import partial
+
+import torch
+
+from cfg import VMConfig, parse
+from tools.assembly import assemble
+from tools.session import Session, user_errors
+
+
+def main(argv=None):
+    with user_errors():
+        cfg = parse(VMConfig, __doc__, argv)
+    with Session(cfg, assemble, partial(torch.optim.Adam, lr=cfg.lr), schedule="steps") as session:
+        trainer = session.trainer
+        for epoch in session.epochs():
+            if session.mapping.estimated and (session.iterative or epoch == 0):
+                trainer.estimate(epoch)
+            trained = trainer.train(epoch)
+            session.end_epoch(epoch, trained, trainer.evaluate())
+        session.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
