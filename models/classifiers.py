@@ -97,8 +97,7 @@ def _look_up(name):
     if name in BACKBONES:
         return BACKBONES[name]
     if name.startswith("timm:"):
-        import timm
-
+        timm = _import_timm()
         architecture = name.removeprefix("timm:")
         if not timm.is_model(architecture):
             close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -108,6 +107,13 @@ def _look_up(name):
     close = difflib.get_close_matches(name, BACKBONES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown backbone {name!r}{hint}; choose from {', '.join(BACKBONES)}, timm:<name>")
+
+
+def _import_timm():
+    ensure_torchvision()  # timm imports it
+    import timm
+
+    return timm
 
 
 def _torchvision_classifier(name, architecture, weights):
@@ -128,8 +134,7 @@ def _torchvision_classifier(name, architecture, weights):
 
 
 def _timm_classifier(name, architecture, weights):
-    import timm
-
+    timm = _import_timm()
     net = timm.create_model(architecture)
     preprocessing = timm.data.resolve_model_data_config(net)
     if weights is None and name == "efficientnet_lite0":
