@@ -1,12 +1,19 @@
 """Decode a split once and keep it as a file that maps into memory.
 
-A cache file is a ``.npy`` array (N, H, W, 3) uint8 (``numpy.load`` reads it), followed by a JSON trailer with labels,
-names, what the pictures were made from, and a checksum. It is written beside its place, flushed to disk and renamed,
-so it is whole or absent; one that is cut off, damaged or older than its source is made again.
+A cache file is a ``.npy`` array (N, H, W, 3) uint8 (``numpy.load`` reads it), followed by a JSON trailer
+with labels, names, what the pictures were made from, and a checksum. It is written beside its place, flushed
+to disk and renamed, so it is whole or absent; one that is cut off, damaged or older than its source is made
+again.
 """
 
+import contextlib
+import functools
+import glob
+import io
 import json
+import math
 import os
+import shutil
 import struct
 import tempfile
 import time
@@ -37,8 +44,8 @@ class CacheError(OSError):
 def stored_images(source, preset, cache_file, *, threads, progress, check):
     """Pictures of `source` as `preset` stores them: from the cache file, else decoded now.
 
-    Where the file can't be written the pictures are kept in memory, and where they do not fit there either they are
-    decoded in every epoch; ``origin`` of the result says so.
+    Where the file can't be written the pictures are kept in memory, and where they do not fit there either
+    they are decoded in every epoch; ``origin`` of the result says so.
 
     Parameters
     ----------
@@ -58,46 +65,46 @@ def stored_images(source, preset, cache_file, *, threads, progress, check):
     ImageSet
     """
     if cache_file is None:
-        reason = "no cache folder given"
+        reason = "not cached"
     else:
         fingerprint = source.fingerprint()
         cached = _read(cache_file, fingerprint, preset)
         if cached is not None:
             check(cached.labels.numpy())
             return cached
-    labels = source.labels
-    check(labels)
-    shape = (len(source), preset.size, preset.size, 3)
-    bar = tqdm(
-        total=len(source), desc=f"decoding {source.title}", unit="img", disable=None if progress else True
-    )
-    with bar, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        chunks = _decoded(source, preset, pool, threads, bar)
-        if cache_file is not None:
-            try:
-                _write(cache_file, fingerprint, preset, shape, labels, source.names, chunks)
-                written = _read(cache_file, fingerprint, preset)
-                if written is not None:
-                    source.close()
-                    return written
-                reason = f"{cache_file} could not be read back"
-            except CacheError as error:
-                reason = str(error)
-            bar.reset()
-            chunks = _decoded(source, preset, pool, threads, bar)
-        if np.prod(shape, dtype=np.int64) <= available_memory() // 2:
-            images, start = torch.empty(shape, dtype=torch.uint8), 0
-            for chunk in chunks:
-                images[start : start + len(chunk)] = torch.from_numpy(chunk)
-                start += len(chunk)
-            source.close()
-            return ImageSet(images, torch.from_numpy(labels), source.names, f"decoded into memory ({reason})")
-    images = Streamed(source, preset, threads)
-    return ImageSet(images, torch.from_numpy(labels), source.names, f"decoded in every epoch ({reason})")
+    try:
+        check(source.labels)
+        bar = tqdm(
+            total=len(source), desc=f"decoding {source.title}", unit="img", disable=None if progress else True
+        )
+        with bar, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            chunks = functools.partial(_decoded, source, preset, pool, threads, bar)
+            if cache_file is not None:
+                try:
+                    _write(cache_file, fingerprint, preset, source, chunks())
+                    written = _read(cache_file, fingerprint, preset)
+                    if written is not None:
+                        return written
+                    reason = f"{cache_file} could not be read back"
+                except CacheError as error:
+                    reason = str(error)
+                bar.reset()
+            labels, names = torch.from_numpy(source.labels), source.names
+            if len(source) * preset.size**2 * 3 <= available_memory() // 2:
+                images = torch.empty((len(source), preset.size, preset.size, 3), dtype=torch.uint8)
+                start = 0
+                for chunk in chunks():
+                    images[start : start + len(chunk)] = torch.from_numpy(chunk)
+                    start += len(chunk)
+                return ImageSet(images, labels, names, f"decoded into memory ({reason})")
+        return ImageSet(Streamed(source, preset, threads), labels, names, f"decoded every epoch ({reason})")
+    finally:
+        source.close()
 
 
 def _decoded(source, preset, pool, threads, bar):
-    """Stored pictures in order, in chunks, so that few wait in memory when writing is slower than decoding."""
+    """Stored pictures in order, in chunks, so that few wait in memory when writing is slower than
+    decoding."""
 
     def store(i):
         return preset.store(source.image(i), source.where(i))
@@ -138,93 +145,83 @@ def _read(path, fingerprint, preset):
         trailer = json.loads(trailer)
         if trailer["key"] != _key(fingerprint, preset):
             return None
-        # Copy-on-write, only because torch warns of arrays that can't be written; nobody writes.
-        images = np.load(path, mmap_mode="c", allow_pickle=False)
-        expected = (len(trailer["labels"]), preset.size, preset.size, 3)
-        if images.dtype != np.uint8 or images.shape != expected or _checksum(images) != trailer["checksum"]:
+        shape = (len(trailer["labels"]), preset.size, preset.size, 3)
+        if end - length != trailer["offset"] + math.prod(shape):
             return None
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        # Copy-on-write, only because torch warns of arrays that can't be written; nobody writes.
+        images = np.memmap(path, np.uint8, "c", trailer["offset"], shape)
+        if _checksum(images) != trailer["checksum"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     labels = torch.tensor(trailer["labels"], dtype=torch.int64)
     return ImageSet(torch.from_numpy(images), labels, trailer["names"], f"cache {path}")
 
 
-def _write(path, fingerprint, preset, shape, labels, names, chunks):
+def _write(path, fingerprint, preset, source, chunks):
     """Write a cache file, or raise and leave nothing behind, folders included."""
-    needed = int(np.prod(shape, dtype=np.int64))
-    made, draft = [], None
+    shape = (len(source), preset.size, preset.size, 3)
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    needed, draft = math.prod(shape), None
 
-    def unavailable(error):
-        reason = error.strerror or str(error)
-        return CacheError(f"no cache at {path}: {reason}; {needed:,} bytes are needed")
+    @contextlib.contextmanager
+    def of_the_cache():  # an OSError of the source is not one of the cache
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise CacheError(f"no cache at {path}: {reason}; {needed:,} bytes are needed") from None
 
     try:
-        try:
-            made = _make_folder(path.parent)
+        with of_the_cache():
+            path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
+            free = shutil.disk_usage(path.parent).free
+            if free < needed:
+                raise OSError(f"only {free:,} bytes are free")
             descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-            file = os.fdopen(descriptor, "w+b")
-        except OSError as error:
-            raise unavailable(error) from None
-        with file:
-            try:
-                _reserve(descriptor, needed)
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-                )
-                file.flush()
-                offset = file.tell()
-            except OSError as error:
-                raise unavailable(error) from None
-            for chunk in chunks:  # an OSError of the source is not one of the cache
-                try:
-                    file.write(chunk)
-                except OSError as error:
-                    raise unavailable(error) from None
-            try:
-                file.flush()
-                images = np.memmap(draft, np.uint8, "r", offset, tuple(shape))
+        with open(descriptor, "wb", buffering=0) as file:
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(
+                header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
+            with of_the_cache():
+                _write_all(file, header.getvalue())
+            for chunk in chunks:
+                with of_the_cache():
+                    _write_all(file, chunk.data)
+            with of_the_cache():
+                offset = file.tell() - needed
                 trailer = {
                     "key": _key(fingerprint, preset),
-                    "checksum": _checksum(images),
-                    "labels": labels.tolist(),
-                    "names": names,
+                    "offset": offset,
+                    "checksum": _checksum(np.memmap(draft, np.uint8, "r", offset, shape)),
+                    "labels": source.labels.tolist(),
+                    "names": source.names,
                 }
                 trailer = json.dumps(trailer).encode()
-                file.write(trailer + _FOOTER.pack(len(trailer), zlib.crc32(trailer), _MAGIC))
-                file.truncate()
-                file.flush()
+                _write_all(file, trailer + _FOOTER.pack(len(trailer), zlib.crc32(trailer), _MAGIC))
                 os.fsync(descriptor)
                 os.replace(draft, path)
-            except OSError as error:
-                raise unavailable(error) from None
     except BaseException:
         if draft is not None:
             Path(draft).unlink(missing_ok=True)
-        for folder in reversed(made):
-            try:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # never made, or used by somebody else by now
                 folder.rmdir()
-            except OSError:
-                break  # somebody else uses it by now
         raise
 
 
-def _make_folder(folder):
-    """Create `folder`; return the folders that were not there before, outermost first."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _reserve(descriptor, needed):
-    """Claim the room before hours of decoding, where the file system can."""
-    free = os.fstatvfs(descriptor)
-    if free.f_bavail * free.f_frsize < needed:
-        raise OSError(f"only {free.f_bavail * free.f_frsize:,} bytes are free")
+def _write_all(file, data):
+    """Write `data` without a buffer, which would try once more, and raise once more, when it is closed."""
+    data = memoryview(data).cast("B")
+    while len(data):
+        data = data[file.write(data) :]
 
 
 def _remove_abandoned(path):
     """Delete the drafts that killed processes left for this file."""
-    for draft in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - draft.stat().st_mtime > _ABANDONED_SECONDS:
-            draft.unlink(missing_ok=True)
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - draft.stat().st_mtime > _ABANDONED_SECONDS:
+                draft.unlink()

@@ -8,7 +8,8 @@ __keys__   pickled list of bytes, the keys of the samples
 each key   pickled (encoded image as bytes, label as int)
 ========== =================================================
 
-``split.json`` has the lists "train", "val" and "test" of [path, label, class name]; its paths are never opened.
+``split.json`` has the lists "train", "val" and "test" of [path, label, class name]; its paths are never
+opened.
 """
 
 import io
@@ -19,6 +20,7 @@ import pickletools
 import shutil
 import tempfile
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -32,12 +34,13 @@ MAX_SPLIT_BYTES = 256 << 20
 MAX_CLASSES = 1_000_000
 MAX_SAMPLES = 100_000_000
 
-# All that a pickle of int, bytes, str, list and tuple consists of in protocols 2 to 5. Nothing here can name a class,
-# call anything, or (unlike the text opcodes of protocol 0) take long over a number.
+# All that a pickle of int, bytes, str, list and tuple consists of in protocols 2 to 5. Nothing here can name
+# a class, call anything, or (unlike the text opcodes of protocol 0) take long over a number.
 _OPCODES = frozenset(
     "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
     "BININT BININT1 BININT2 LONG1 SHORT_BINBYTES BINBYTES BINBYTES8 "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
+    "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3".split()
 )
 
 
@@ -49,11 +52,12 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("refused a persistent id")
 
 
-def restricted_loads(data, where):
+def restricted_loads(data, where, max_opcodes=64):
     """Unpickle int, bytes, str, list and tuple, and nothing else.
 
-    The opcodes are checked before anything is executed: sizes lie within the data, so that a few bytes can't ask for
-    gigabytes, and memo indices count up, since the C unpickler allocates a table up to the largest one.
+    The opcodes are checked before anything is executed: sizes lie within the data, so that a few bytes can't
+    ask for gigabytes, and memo indices count up, since the C unpickler allocates a table up to the largest
+    one.
 
     Parameters
     ----------
@@ -61,6 +65,8 @@ def restricted_loads(data, where):
         At most `MAX_RECORD_BYTES`.
     where : str
         Names file and key in error messages.
+    max_opcodes : int
+        Length of the longest pickle to go through; a sample takes about ten.
 
     Raises
     ------
@@ -71,7 +77,9 @@ def restricted_loads(data, where):
         raise ValueError(f"{where}: record of {len(data):,} bytes; at most {MAX_RECORD_BYTES:,} are read")
     data, memo = bytes(data), 0
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if steps >= max_opcodes:
+                raise pickle.UnpicklingError(f"more than {max_opcodes} opcodes")
             if opcode.name not in _OPCODES:
                 raise pickle.UnpicklingError(f"opcode {opcode.name} is not allowed")
             if opcode.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
@@ -84,8 +92,8 @@ def restricted_loads(data, where):
     except Exception as error:  # damaged pickles raise nearly anything
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(
-            f"{where}: not a safe pickle of int, bytes, str, list and tuple ({type(error).__name__}: {reason}); "
-            "fetch or prepare this file again"
+            f"{where}: not a safe pickle of int, bytes, str, list and tuple "
+            f"({type(error).__name__}: {reason}); fetch or prepare this file again"
         ) from None
 
 
@@ -93,10 +101,25 @@ def _short(key):
     return repr(key if len(key) <= 40 else key[:40])
 
 
+# LMDB refuses to open a file twice in one process, so sources of one file share what is open.
+_open_environments = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def _shared_environment(source):
+    key = (os.getpid(), os.path.realpath(source.file))
+    with _opening:
+        environment = _open_environments.get(key)
+        if environment is None:
+            environment = _open_environments[key] = source.open_environment()
+    return environment
+
+
 class LmdbSource:
     """Pictures and labels of one LMDB, in the order of its ``__keys__``.
 
-    Nothing is opened before the first read, and again after a fork: an open LMDB must not be carried across one.
+    Nothing is opened before the first read, and again after a fork: an open LMDB must not be carried across
+    one.
 
     Parameters
     ----------
@@ -143,10 +166,11 @@ class LmdbSource:
     def _open(self):
         with self._lock:
             if self._owner != os.getpid():
-                self._environment, self._owner = self._opened(), os.getpid()
+                self._environment, self._owner = _shared_environment(self), os.getpid()
             return self._environment
 
-    def _opened(self):
+    def open_environment(self):
+        """Open the LMDB after making sure that all of it is there."""
         self.require()
         copy_again = "it is damaged or only half copied; copy or download it again"
         try:
@@ -170,7 +194,7 @@ class LmdbSource:
             )
         return environment
 
-    def _record(self, key, kind):
+    def _record(self, key, kind, max_opcodes=64):
         where = f"{self.file}, key {_short(key)}"
         with self._open().begin(buffers=True) as transaction:
             try:
@@ -181,7 +205,7 @@ class LmdbSource:
                 raise ValueError(
                     f"{where}: no such key; the file is not a whole ILM-VP LMDB, prepare it again"
                 )
-            record = restricted_loads(value, where)
+            record = restricted_loads(value, where, max_opcodes)
         if type(record) is not kind:
             raise ValueError(
                 f"{where}: holds a {type(record).__name__}, expected {kind.__name__}; prepare this file again"
@@ -192,12 +216,13 @@ class LmdbSource:
     def keys(self):
         """list of bytes : keys of the samples."""
         if self._index is None:
-            count, keys = self._record(b"__len__", int), self._record(b"__keys__", list)
-            entries = self._open().stat()["entries"]
+            entries = min(self._open().stat()["entries"], self.file.stat().st_size // 16)
+            count = self._record(b"__len__", int)
+            keys = self._record(b"__keys__", list, max_opcodes=64 + 4 * entries)
             if not 0 < count <= min(entries, MAX_SAMPLES) or count != len(keys):
                 raise ValueError(
-                    f"{self.file}: __len__ is {_bounded(count)}, __keys__ has {len(keys)} and the file {entries} "
-                    "entries; expected one number above 0; prepare this file again"
+                    f"{self.file}: __len__ is {_bounded(count)}, __keys__ has {len(keys)} and "
+                    f"the file {entries} entries; expected one number above 0; prepare this file again"
                 )
             for key in keys:
                 if type(key) is not bytes or not 0 < len(key) <= 511:
@@ -228,7 +253,8 @@ class LmdbSource:
             raise ValueError(f"{self.where(i)}: expected (image bytes, int label); prepare this file again")
         if not 0 <= record[1] < MAX_CLASSES:
             raise ValueError(
-                f"{self.where(i)}: label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}; prepare it again"
+                f"{self.where(i)}: label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}; "
+                "prepare this file again"
             )
         return record
 
@@ -246,8 +272,6 @@ class LmdbSource:
     def close(self):
         """Let go of the file; the next read opens it again."""
         with self._lock:
-            if self._environment is not None and self._owner == os.getpid():
-                self._environment.close()
             self._environment = self._owner = None
 
 
@@ -257,7 +281,8 @@ def _bounded(number):
 
 
 def clean_class_name(name):
-    """Lower-case, with ``_`` and ``-`` turned into spaces: ``"Hard-leaved_Orchid"`` to ``"hard leaved orchid"``."""
+    """Lower-case, with ``_`` and ``-`` turned into spaces: ``"Hard-leaved_Orchid"`` to ``"hard leaved
+    orchid"``."""
     return name.lower().replace("_", " ").replace("-", " ")
 
 
@@ -395,7 +420,8 @@ def write_ilmvp(folder, *, train, test, class_names):
 
 
 def _write_lmdb(path, samples, num_classes):
-    """Write one split; return the (name, label) of its samples. Grows the map as needed: its size is the file's."""
+    """Write one split; return the (name, label) of its samples. Grows the map as needed: its size is the
+    file's."""
     listed, size = [], 16 << 20
     environment = lmdb.open(
         os.fspath(path), subdir=False, map_size=size, lock=False, sync=False, metasync=False
@@ -413,6 +439,8 @@ def _write_lmdb(path, samples, num_classes):
                 except lmdb.MapFullError:
                     size *= 2
                     environment.set_mapsize(size)
+                except lmdb.Error as error:  # the disk is full, most likely
+                    raise OSError(f"{path}: {error}; free some room or name another folder") from None
 
         pending, pending_bytes = [], 0
         for i, (encoded, label, name) in enumerate(samples):

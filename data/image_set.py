@@ -10,6 +10,13 @@ from data.memory import available_memory
 _UPLOAD_BYTES = 64 << 20  # pictures go to the device in pieces of this size
 
 
+def take(images, index):
+    """The pictures at `index` ((n,) int64, on the device of `images`) as a new tensor (n, H, W, 3) uint8."""
+    if isinstance(images, Rows):
+        return take(images.base, images.rows[index])
+    return images.index_select(0, index) if isinstance(images, torch.Tensor) else images[index]
+
+
 class Rows:
     """Some pictures of a larger set, without a copy; indexed as a tensor of them would be."""
 
@@ -56,8 +63,8 @@ class ImageSet:
     Attributes
     ----------
     images : torch.Tensor, Rows or Streamed
-        (N, H, W, 3) uint8, usually mapped from the cache file: to be read, never written. All three have ``len``,
-        ``shape`` and take a slice or an int64 index tensor.
+        (N, H, W, 3) uint8, usually mapped from the cache file: to be read, never written. All three have
+        ``len``, ``shape`` and take a slice or an int64 index tensor.
     labels : torch.Tensor
         (N,) int64.
     names : list of str
@@ -82,7 +89,8 @@ class ImageSet:
         )
 
     def on_device(self, device):
-        """The pictures as one tensor or view on `device`, or None where they would take over half of what is free.
+        """The pictures as one tensor or view on `device`, or None where they would take over half of what is
+        free.
 
         Loaders of the same set share one copy. On the CPU nothing is copied: the mapped file is what is read.
         """

@@ -3,8 +3,8 @@
 Legend: N samples of the set, n samples of a batch, h and w the side of a picture that is handed out.
 
 Everything random about an epoch is drawn before its first batch, from a generator that is seeded by
-(seed, purpose, epoch) and nothing else: a run that is resumed, split over ranks or fed by more threads sees the same
-pictures, crops and flips at the same positions.
+(seed, purpose, epoch) and nothing else: a run that is resumed, split over ranks or fed by more threads sees
+the same pictures, crops and flips at the same positions.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.memory import available_memory
+from data.image_set import take
 
 
 class Batch(NamedTuple):
@@ -52,7 +52,8 @@ class BatchLoader:
     batch_size : int
         Samples a step, over all ranks.
     device : torch.device or str
-        Where batches appear. The set itself is kept there too when it takes at most half of the memory that is free.
+        Where batches appear. The set itself is kept there too when it takes at most half of the memory that
+        is free.
     shuffle : bool
         Whether the order is drawn anew in every epoch.
     seed : int
@@ -84,6 +85,9 @@ class BatchLoader:
         self.rank, self.world_size = rank, world_size
         self.num_samples = len(image_set.labels)
         self._labels = image_set.labels.to(self.device)
+        # As a tensor: by a Python number CUDA multiplies with 1/255, which is not ToTensor's value in the
+        # last bit.
+        self._white = torch.tensor(255.0, device=self.device)
         resident = image_set.on_device(self.device)
         self.resident = resident is not None
         self._images = resident if self.resident else image_set.images
@@ -97,8 +101,8 @@ class BatchLoader:
         gigabytes = self.num_samples * self.preset.size**2 * 3 / 1e9
         where = f"kept on {self.device}" if self.resident else f"streamed to {self.device}, one batch ahead"
         return (
-            f"{self.num_samples} images of {self.preset.size}x{self.preset.size} ({gigabytes:.2f} GB), {where}; "
-            f"{self.image_set.origin}"
+            f"{self.num_samples} images of {self.preset.size}x{self.preset.size} "
+            f"({gigabytes:.2f} GB), {where}; {self.image_set.origin}"
         )
 
     def epoch(self, epoch):
@@ -134,21 +138,22 @@ class BatchLoader:
                 None if flips is None else flips[start:stop],
             )
             labels = self._labels.index_select(0, order_here[start:stop])
-            yield Batch(torch.div(images, 255).permute(0, 3, 1, 2), labels, size)
+            yield Batch(images.float().div_(self._white).permute(0, 3, 1, 2), labels, size)
 
     def _share(self, start):
-        """This rank's positions [first, last) of the batch that begins at `start`, and the size of that batch."""
+        """This rank's positions [first, last) of the batch that begins at `start`, and the size of that
+        batch."""
         size = min(self.batch_size, self.num_samples - start)
         first, last = (start + size * r // self.world_size for r in (self.rank, self.rank + 1))
         return first, last, size
 
     def _resident_pixels(self, order, shares):
         for start, stop, _ in shares:
-            yield self._images[order[start:stop]]
+            yield take(self._images, order[start:stop])
 
     def _streamed(self, order, shares):
         def fetch(start, stop):
-            stored = self._images[order[start:stop]]
+            stored = take(self._images, order[start:stop])
             return stored.pin_memory() if self.device.type == "cuda" else stored
 
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:

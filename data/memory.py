@@ -17,7 +17,9 @@ def available_memory():
     try:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        free = min(free, max(0, limit - int((group / "memory.current").read_text())))
-    except (OSError, ValueError):
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
+        free = min(free, max(0, limit - taken))
+    except (OSError, ValueError, KeyError):
         pass  # no container, or one without a limit
     return free

@@ -1,19 +1,24 @@
-"""Named image presets: how a picture is stored once, and how a batch of stored pictures is varied in training.
+"""Named image presets: how a picture is stored once, and how a batch of stored pictures is varied in
+training.
 
-A preset splits a torchvision transform in two. The part that is the same every epoch (resize, centre crop) is done
-once a picture, in PIL, when the data set is decoded. The part that is drawn anew every epoch (random crop, flip) is
-done on whole batches of stored uint8 pictures by :class:`data.loader.BatchLoader`. Normalisation belongs to the model.
+A preset splits a torchvision transform in two. The part that is the same every epoch (resize, centre crop)
+is done once a picture, in PIL, when the data set is decoded. The part that is drawn anew every epoch (random
+crop, flip) is done on whole batches of stored uint8 pictures by :class:`data.loader.BatchLoader`.
+Normalisation belongs to the model.
 """
 
 import io
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-# Pillow's own default for a picture that is no longer trusted to be one; fixed here, since that global may be changed.
+# Pillow's own default for a picture that is no longer trusted to be one; fixed here, since that global may
+# be changed.
 MAX_PIXELS = 89_478_485
-# What data sets are made of. Left to itself Pillow would also try formats that start other programs, such as EPS.
+# What data sets are made of. Left to itself Pillow would also try formats that start other programs, such as
+# EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -47,7 +52,7 @@ def open_image(encoded, where):
     except Image.DecompressionBombError as error:
         raise ValueError(f"{where}: {error}; remove this image or store a smaller one") from None
     except Exception as error:  # Pillow's parsers let nearly any exception out on damaged input
-        reason = str(error).partition("\n")[0][:120].replace(f"{io.BytesIO.__name__}", "data")
+        reason = re.sub(r" <_io.BytesIO.*", "", str(error).partition("\n")[0])[:120]
         raise ValueError(
             f"{where}: not a readable image ({type(error).__name__}: {reason}); "
             f"allowed are whole {', '.join(FORMATS)} files; replace or remove it"
@@ -68,7 +73,8 @@ class Preset:
         Side of the stored square picture, in pixels.
     resize : {"exact", "shorter-side"}
         ``exact`` maps the whole picture onto the square, as ``torchvision.transforms.Resize((size, size))``.
-        ``shorter-side`` keeps the aspect ratio and cuts the centre out, as ``Resize(size)`` and ``CenterCrop(size)``.
+        ``shorter-side`` keeps the aspect ratio and cuts the centre out, as ``Resize(size)`` and
+        ``CenterCrop(size)``.
     interpolation : {"bilinear", "bicubic"}
         PIL's antialiased filters, which are what torchvision uses on PIL images.
     crop : int or None
@@ -94,7 +100,8 @@ class Preset:
 
     @property
     def storage(self):
-        """Names the stored form, e.g. ``"128-exact-bilinear"``; presets that store alike share a cache file."""
+        """Names the stored form, e.g. ``"128-exact-bilinear"``; presets that store alike share a cache
+        file."""
         return f"{self.size}-{self.resize}-{self.interpolation}"
 
     def store(self, image, where="image"):

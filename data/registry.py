@@ -114,8 +114,8 @@ def load_task(
     Parameters
     ----------
     name : str
-        A key of `DATASETS`, or ``folder:PATH`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``, or with an
-        ILM-VP folder as PATH.
+        A key of `DATASETS`, or ``folder:PATH`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``, or
+        with an ILM-VP folder as PATH.
     data_path : str or Path
         Holds the ILM-VP folder `name`, or torchvision's files.
     train_preset, test_preset : Preset

@@ -1,8 +1,9 @@
-"""Where pictures come from: files in class folders, torchvision's data sets, and two that are made on the spot.
+"""Where pictures come from: files in class folders, torchvision's data sets, and two that are made on the
+spot.
 
 Every source has ``title``, ``labels`` ((N,) int64 array), ``names``, ``len``, ``image(i)`` (PIL, mode RGB),
-``where(i)`` (for messages), ``place`` (tells sources apart), ``fingerprint()`` (changes when the pictures may have)
-and ``close()``, as :class:`data.ilmvp.LmdbSource` has.
+``where(i)`` (for messages), ``place`` (tells sources apart), ``fingerprint()`` (changes when the pictures
+may have) and ``close()``, as :class:`data.ilmvp.LmdbSource` has.
 """
 
 import hashlib
@@ -217,8 +218,8 @@ TORCHVISION = {
 def class_folders(root):
     """Sources of ``root/train/<class>/*`` and ``root/test/<class>/*``, and the names of the class folders.
 
-    Hidden files are passed over; anything else that is no image file is an error, so that no picture is dropped
-    unnoticed for its suffix.
+    Hidden files are passed over; anything else that is no image file is an error, so that no picture is
+    dropped unnoticed for its suffix.
 
     Parameters
     ----------
@@ -257,8 +258,8 @@ def class_folders(root):
     unknown = sorted(found["test"].keys() - found["train"].keys())
     if unknown:
         raise ValueError(
-            f"{root / 'test' / unknown[0]} has no counterpart in {root / 'train'}; a class that is tested needs "
-            "training images, add them or rename the folder"
+            f"{root / 'test' / unknown[0]} has no counterpart in {root / 'train'}; a class that is tested "
+            "needs training images, add them or rename the folder"
         )
     sources = []
     for split in ("train", "test"):
@@ -314,7 +315,8 @@ SYNTHETIC_CLASSES = [f"{colour} {shape}" for colour in SYNTHETIC_COLOURS for sha
 
 
 def synthetic(split):
-    """Discs and squares in four colours at random places on noise, 32x32: 8 classes, 64 for training, 32 for test."""
+    """Discs and squares in four colours at random places on noise, 32x32: 8 classes, 64 for training, 32 for
+    test."""
     each, seed = (8, 0) if split == "train" else (4, 1)
     random = np.random.RandomState(seed)  # its stream is frozen across NumPy versions
     y, x = np.mgrid[:32, :32]
