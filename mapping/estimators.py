@@ -7,7 +7,7 @@ Nothing here changes its input.
 
 import torch
 
-_CHUNK_CELLS = 2**20  # cells of a dense table in float64 at once: 8 MB of scratch, whatever S and T are
+_CHUNK_CELLS = 2**18  # cells of a dense table in float64 at once: 2 MB of scratch, whatever S and T are
 
 
 def one_to_one(counts):

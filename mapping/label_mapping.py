@@ -342,7 +342,8 @@ def build_mapping(
     """
     name = check_mapping_name(name)
     if num_source < 1 or num_target < 1:
-        raise ValueError(f"got {num_source} pretrained, {num_target} downstream labels; expected 1 or more each")
+        got = f"{num_source} pretrained and {num_target} downstream labels"
+        raise ValueError(f"got {got}, expected at least one of each")
     if not 0 <= laplace < math.inf:
         raise ValueError(f"got laplace={laplace}, expected a finite number >= 0 (the paper's is 1)")
     if not 0 < topk_ratio <= 1:
