@@ -111,6 +111,9 @@ def _shared_environment(source):
     with _opening:
         environment = _open_environments.get(key)
         if environment is None:
+            for (owner, file), inherited in list(_open_environments.items()):
+                if owner != key[0] and file == key[1]:
+                    inherited.close()  # this process's copy of what was open before the fork
             environment = _open_environments[key] = source.open_environment()
     return environment
 

@@ -132,8 +132,8 @@ class Preset:
                 )
         if (new_width, new_height) != (width, height):
             image = image.resize((new_width, new_height), _FILTERS[self.interpolation])
-        left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
-        if left or top:
+        if image.size != (self.size, self.size):
+            left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
             image = image.crop((left, top, left + self.size, top + self.size))
         return np.asarray(image)
 
