@@ -6,7 +6,7 @@ Its image tower is a real ImageNet classifier: the embedding of an image x is
 
 p the classifier's probabilities and e(.) an encoder of short texts, the same that embeds the prompts. The
 encoder is the TF-IDF of character trigrams: it knows that "oxeye daisy" has to do with "daisy" and nothing
-more, enough for zero-shot classification to beat chance on flowers, and for a mapping to have something to learn.
+more, enough for zero-shot classification to beat chance on flowers and to give a mapping something to learn.
 """
 
 import math

@@ -331,6 +331,8 @@ def test_every_family_is_built_as_open_clip_builds_it(name):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:flowers102 has")
 @pytest.mark.skipif(
     not (os.environ.get("BLM_REAL_DATA") and os.environ.get("BLM_REAL_WEIGHTS")),
     reason="needs BLM_REAL_DATA (folder holding flowers102) and BLM_REAL_WEIGHTS (tf_efficientnet_lite0.pth)",
