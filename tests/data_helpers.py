@@ -28,16 +28,11 @@ def make_ilmvp(folder, train_labels=(0, 0, 1, 2, 1), test_labels=(0, 1, 2)):
     return folder
 
 
-def put_raw(path, key, value):
-    """Put `value` (bytes) under `key` into an LMDB file."""
-    with lmdb.open(str(path), subdir=False, lock=False, map_size=64 << 20) as environment:
-        with environment.begin(write=True) as transaction:
-            transaction.put(key, value)
-
-
 def put(path, key, value):
     """Put the pickled `value` under `key` into an LMDB file."""
-    put_raw(path, key, pickle.dumps(value))
+    with lmdb.open(str(path), subdir=False, lock=False, map_size=64 << 20) as environment:
+        with environment.begin(write=True) as transaction:
+            transaction.put(key, pickle.dumps(value))
 
 
 def edit_split(folder, edit):
