@@ -1,4 +1,4 @@
-"""BatchLoader: exact values, order as a function of seed, purpose and epoch, every way of keeping pictures."""
+"""BatchLoader: exact values, order as a function of seed, purpose and epoch, all ways of keeping them."""
 
 import pytest
 import torch
