@@ -6,6 +6,7 @@ classification with a single template uses.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.ilmvp import clean_class_name
 
@@ -52,6 +53,23 @@ def default_templates():
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     return [DEFAULT_TEMPLATE, *(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)]
+
+
+def read_templates(file):
+    """Templates of a UTF-8 text file, one a line; empty lines are left out.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file, or no text.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason}); write one template a line") from error
+    except OSError as error:
+        raise FileNotFoundError(f"templates {file} cannot be read: {error.strerror}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def build_prompts(class_names, templates=None):

@@ -18,6 +18,8 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -75,37 +77,60 @@ class ClipNet(nn.Module):
         return self.similarity(self.encode_image(images), self.text_embeddings)
 
 
-class ClipClassifier(Classifier):
-    """A frozen vision-language model whose S pretrained labels are the prompts of a task.
+@dataclass(frozen=True)
+class Clip:
+    """A pretrained vision-language model before it is given the classes of a task.
 
-    Parameters
+    Attributes
     ----------
     model : nn.Module
         Of open_clip's form: ``visual``, ``encode_text(tokens)``, ``logit_scale`` and perhaps ``logit_bias``.
     tokenizer : callable
         List of str to the tokens that ``encode_text`` takes.
-    prompts : data.text.Prompts
     name : str
-    preprocessing : dict
-        ``size`` (pixels), ``mean``, ``std``, ``interpolation`` ("bicubic" or "bilinear") and ``resize_mode``
-        ("shortest": shorter side, then centre crop; "squash": both sides, whatever the aspect ratio).
-    cache_path, device
-        As in `embed_texts`.
-
-    Attributes
-    ----------
-    prompts, interpolation, resize_mode
-        As given. ``source_names`` are the prompts as texts.
+    input_size : int
+        Side of the images, in pixels.
+    mean, std : tuple of 3 floats
+        Normalisation of pixels in [0, 1].
+    interpolation : {"bicubic", "bilinear"}
+    resize_mode : {"shortest", "squash"}
+        Shorter side, then centre crop; or both sides, whatever the aspect ratio.
     """
 
-    def __init__(self, model, tokenizer, prompts, name, preprocessing, *, cache_path=None, device="cpu"):
-        model = model.requires_grad_(False).eval().to(device)
-        text_embeddings = embed_texts(model, tokenizer, prompts.texts, cache_path=cache_path, device=device)
-        net = ClipNet(model.visual, text_embeddings, model.logit_scale, getattr(model, "logit_bias", None))
-        mean, std, size = preprocessing["mean"], preprocessing["std"], preprocessing["size"]
-        super().__init__(net, name, mean, std, size, len(prompts), prompts.texts)
+    model: nn.Module
+    tokenizer: Callable
+    name: str
+    input_size: int
+    mean: tuple
+    std: tuple
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def classifier(self, prompts, cache_path=None, device="cpu"):
+        """The `ClipClassifier` of these prompts; once, since the model's image tower goes with it."""
+        return ClipClassifier(self, prompts, cache_path, device)
+
+
+class ClipClassifier(Classifier):
+    """A frozen vision-language model whose S pretrained labels are the prompts of a task.
+
+    Parameters
+    ----------
+    clip : Clip
+    prompts : data.text.Prompts
+        Kept as ``prompts``; as texts they are the ``source_names``.
+    cache_path : str or Path, optional
+        Folder that keeps the text embeddings, see `embed_texts`.
+    device : str or torch.device
+        Where the texts are embedded and the classifier stays.
+    """
+
+    def __init__(self, clip, prompts, cache_path=None, device="cpu"):
+        model = clip.model.requires_grad_(False).eval().to(device)
+        embeddings = embed_texts(model, clip.tokenizer, prompts.texts, cache_path=cache_path, device=device)
+        net = ClipNet(model.visual, embeddings, model.logit_scale, getattr(model, "logit_bias", None))
+        super().__init__(net, clip.name, clip.mean, clip.std, clip.input_size, len(prompts), prompts.texts)
         self.prompts = prompts
-        self.interpolation, self.resize_mode = preprocessing["interpolation"], preprocessing["resize_mode"]
 
     def zero_shot_classifiers(self):
         """Class embeddings of the model as it comes, {"single", "ensemble"} to (D, T), columns of length one.
@@ -135,23 +160,22 @@ class ClipClassifier(Classifier):
         return {kind: self.net.similarity(images_nd, w.T) for kind, w in self.zero_shot_classifiers().items()}
 
 
-def build_clip(name, weights, prompts, *, cache_path=None, seed=0, device="cpu"):
-    """Build a frozen vision-language classifier for the classes of a task.
+def load_clip(name, weights=None, seed=0):
+    """Load a vision-language model.
 
     Parameters
     ----------
     name : str
         Any architecture of open_clip, or `TINY_BACKBONE`.
-    weights : str or Path or None
+    weights : str or Path, optional
         A tag of open_clip (``"openai"``), a local file (open_clip's or OpenAI's own ``.pt``), or ``"none"``
         for a random initialisation drawn from ``seed``, which is for smoke tests only and leaves the global
-        generator as it was. None takes ``openai``, or the only tag that there is.
-    prompts : data.text.Prompts
-        The S pretrained labels.
-    cache_path : str or Path, optional
-        Folder that keeps the text embeddings.
-    device : str or torch.device
-        Where the texts are embedded and the classifier stays.
+        generator as it was. Where it is left out: ``openai``, or the only tag that there is.
+    seed : int
+
+    Returns
+    -------
+    Clip
 
     Raises
     ------
@@ -168,9 +192,7 @@ def build_clip(name, weights, prompts, *, cache_path=None, seed=0, device="cpu")
     model, tokenizer = _build(name, config, seed)
     if file is not None:
         _load_weights(model, file, name)
-    preprocessing = _preprocessing(name, model, published)
-    place = {"cache_path": cache_path, "device": device}
-    return ClipClassifier(model, tokenizer, prompts, name, preprocessing, **place)
+    return Clip(model, tokenizer, name, _input_size(name, model), **_preprocessing(name, published))
 
 
 def embed_texts(model, tokenizer, texts, *, cache_path=None, device="cpu", batch_size=256):
@@ -179,7 +201,7 @@ def embed_texts(model, tokenizer, texts, *, cache_path=None, device="cpu", batch
     Parameters
     ----------
     model, tokenizer
-        As in `ClipClassifier`, the model in eval mode on ``device``.
+        As in `Clip`, the model in eval mode on ``device``.
     texts : list of str
     cache_path : str or Path, optional
         Folder for the file ``text_<key>.pt``. The key is a digest of the text side's architecture and
@@ -288,7 +310,7 @@ def _build(name, config, seed):
         raise ValueError(f"backbone {name!r} cannot be built here: {_one_line(error)}") from error
 
 
-def _preprocessing(name, model, published):
+def _preprocessing(name, published):
     """The preprocessing that the weights were published with.
 
     A local file does not say; it gets that of the architecture's published weights where all of them agree,
@@ -306,11 +328,15 @@ def _preprocessing(name, model, published):
         tags = [open_clip.get_pretrained_cfg(name, tag) for tag in names]
         agree = all(tag.get(key) == tags[0].get(key) for tag in tags for key in defaults)
         published = tags[0] if tags and agree else {}
+    return {key: published.get(key, value) for key, value in defaults.items()}
+
+
+def _input_size(name, model):
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise ValueError(f"backbone {name!r} takes images of {height}x{width}; input VR needs square ones")
-    return {key: published.get(key, value) for key, value in defaults.items()} | {"size": height}
+    return height
 
 
 def _find_weights(name, weights):

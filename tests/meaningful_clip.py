@@ -15,7 +15,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import nn
 
-from models.clip import ClipClassifier
+from models.clip import Clip
 
 
 class TextEncoder:
@@ -42,7 +42,7 @@ class ImageTower(nn.Module):
 
 
 class MeaningfulClip(nn.Module):
-    """The parts of an open_clip model that `ClipClassifier` uses; its tokens are the encoder's vectors."""
+    """The parts of an open_clip model that `Clip` asks for; its tokens are the encoder's vectors."""
 
     def __init__(self, visual):
         super().__init__()
@@ -53,12 +53,8 @@ class MeaningfulClip(nn.Module):
         return tokens
 
 
-def build_meaningful_clip(classifier, prompts):
-    """A `ClipClassifier` around a frozen ImageNet classifier (`models.Classifier` with ``source_names``)."""
-    encoder = TextEncoder([*classifier.source_names, *prompts.class_names])
+def build_meaningful_clip(classifier, class_names):
+    """A `models.clip.Clip` around an ImageNet classifier, a `models.Classifier` with ``source_names``."""
+    encoder = TextEncoder([*classifier.source_names, *class_names])
     model = MeaningfulClip(ImageTower(classifier, encoder(classifier.source_names)))
-    preprocessing = {
-        "size": classifier.input_size, "mean": classifier.mean, "std": classifier.std,
-        "interpolation": "bicubic", "resize_mode": "shortest",
-    }  # fmt: skip
-    return ClipClassifier(model, encoder, prompts, "meaningful-clip", preprocessing)
+    return Clip(model, encoder, "meaningful-clip", classifier.input_size, classifier.mean, classifier.std)

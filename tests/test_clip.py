@@ -11,7 +11,7 @@ import torch
 from data import clip_preset, load_task
 from data.text import build_prompts
 from models import build_classifier, clip
-from models.clip import TINY_BACKBONE, ClipClassifier, build_clip, embed_texts, read_torchscript_state_dict
+from models.clip import TINY_BACKBONE, Clip, embed_texts, load_clip, read_torchscript_state_dict
 from models.torchvision_shim import ensure_torchvision
 from tests.meaningful_clip import build_meaningful_clip
 
@@ -21,13 +21,14 @@ import open_clip  # noqa: E402
 NAMES = ["oxeye daisy", "globe flower", "tiger lily"]
 TEMPLATES = ["This is a photo of a {}.", "a close-up photo of a {}.", "art of the {}."]
 PROMPTS = build_prompts(NAMES, TEMPLATES)
-PREPROCESSING = {
-    "size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest",
-}  # fmt: skip
 
 
-def tiny(seed=0, prompts=PROMPTS, weights="none", **options):
-    return build_clip(TINY_BACKBONE, weights, prompts, seed=seed, **options)
+def tiny(seed=0, weights="none"):
+    return load_clip(TINY_BACKBONE, weights, seed).classifier(PROMPTS)
+
+
+def with_prompts(model, tokenizer, input_size):
+    return Clip(model, tokenizer, "other", input_size, (0.5,) * 3, (0.5,) * 3).classifier(PROMPTS)
 
 
 def tiny_model(seed=0, **changes):
@@ -64,11 +65,12 @@ def test_the_single_template_is_the_first_block_of_logits():
 
 
 def test_what_travels_with_the_classifier():
-    classifier = tiny()
+    loaded = load_clip(TINY_BACKBONE, "none")
+    assert (loaded.input_size, loaded.interpolation, loaded.resize_mode) == (224, "bicubic", "shortest")
+    classifier = loaded.classifier(PROMPTS)
     assert classifier.num_source == 9 and classifier.source_names[4] == "a close-up photo of a globe flower."
     assert classifier.mean == open_clip.OPENAI_DATASET_MEAN and classifier.std == open_clip.OPENAI_DATASET_STD
-    assert classifier.input_size == 224
-    assert (classifier.interpolation, classifier.resize_mode) == ("bicubic", "shortest")
+    assert classifier.input_size == 224 and classifier.prompts is PROMPTS
     assert not classifier.train().training
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
 
@@ -90,7 +92,7 @@ def test_the_gradient_reaches_the_pattern_and_descends():
 
 def test_a_logit_scale_above_openais_limit_is_left_alone():
     model, tokenizer = tiny_model(init_logit_scale=6.0)
-    classifier = ClipClassifier(model, tokenizer, PROMPTS, "hot", PREPROCESSING)
+    classifier = with_prompts(model, tokenizer, 224)
     logits = classifier(images())
     assert classifier.net.logit_scale.item() == 6.0
     torch.testing.assert_close(logits, tiny()(images()) * math.exp(6.0) * 0.07)
@@ -204,7 +206,7 @@ def coca_like():
 @pytest.mark.parametrize("build", [siglip_like, coca_like])
 def test_models_of_another_form_give_their_own_logits(build):
     model, tokenizer = build()
-    classifier = ClipClassifier(model, tokenizer, PROMPTS, "other", PREPROCESSING)
+    classifier = with_prompts(model, tokenizer, 32)
     pixels = images()[..., :32, :32]
     bias = 0 if getattr(model, "logit_bias", None) is None else -10
     with torch.no_grad():
@@ -281,7 +283,7 @@ def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
 )
 def test_bad_names_give_one_line(name, weights, error, message):
     with pytest.raises(error, match=message) as caught:
-        build_clip(name, weights, PROMPTS)
+        load_clip(name, weights)
     assert "\n" not in str(caught.value)
 
 
@@ -289,7 +291,7 @@ def test_bad_names_give_one_line(name, weights, error, message):
 def test_a_model_that_needs_an_absent_package_is_refused_by_name(monkeypatch, name):
     monkeypatch.setattr(clip.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ValueError, match=f"backbone '{name}' needs the package transformers: pip install"):
-        build_clip(name, None, PROMPTS)
+        load_clip(name, None)
 
 
 def test_weights_that_cannot_be_had_are_named_with_their_address_and_flag(monkeypatch):
@@ -300,10 +302,10 @@ def test_weights_that_cannot_be_had_are_named_with_their_address_and_flag(monkey
     monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="no route.*/ViT-B-32.pt and pass --weights FILE") as caught:
-        build_clip("ViT-B-32-quickgelu", None, PROMPTS)
+        load_clip("ViT-B-32-quickgelu", None)
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="laion/CLIP-ViT-H-14-laion2B-s32B-b79K/resolve"):
-        build_clip("ViT-H-14", "laion2b_s32b_b79k", PROMPTS)
+        load_clip("ViT-H-14", "laion2b_s32b_b79k")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +319,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_address_and_flag(monkey
 )
 def test_preprocessing_is_that_of_the_weights(name, tag, mean, resize_mode):
     published = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    preprocessing = clip._preprocessing(name, tiny_model()[0], published)
+    preprocessing = clip._preprocessing(name, published)
     assert preprocessing["mean"] == mean and preprocessing["resize_mode"] == resize_mode
 
 
@@ -345,7 +347,7 @@ def test_a_clip_with_meaning_beats_chance_on_real_flowers_without_training(tmp_p
     )  # fmt: skip
     prompts = build_prompts([task.class_names[label] for label in chosen])
     backbone = build_classifier("efficientnet_lite0", os.environ["BLM_REAL_WEIGHTS"])
-    classifier = build_meaningful_clip(backbone, prompts)
+    classifier = build_meaningful_clip(backbone, prompts.class_names).classifier(prompts)
     rows = [i for i, label in enumerate(task.test.labels.tolist()) if label in chosen]
     labels = task.test.labels[rows] - chosen[0]
     correct = dict.fromkeys(("single", "ensemble"), 0)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from data.text import DEFAULT_TEMPLATE, build_prompts, default_templates
+from data.text import DEFAULT_TEMPLATE, build_prompts, default_templates, read_templates
 
 
 def test_the_templates_are_the_default_and_open_clips_eighty():
@@ -52,3 +52,14 @@ def test_bad_input_gives_one_line(class_names, templates, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         build_prompts(class_names, templates)
     assert "\n" not in str(caught.value)
+
+
+def test_templates_of_a_file(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("a {}.\n\n  the {}, naïve \n", encoding="utf-8")
+    assert read_templates(file) == ["a {}.", "the {}, naïve"]
+    file.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="templates.txt is not UTF-8 text"):
+        read_templates(file)
+    with pytest.raises(FileNotFoundError, match="none.txt cannot be read: No such file"):
+        read_templates(tmp_path / "none.txt")
