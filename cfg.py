@@ -43,7 +43,7 @@ class Config:
     )
     data_path: str = option("datasets", "data", "folder that holds the data sets", type=str)
     train_fraction: float = option(1.0, "data", "share of the training set to use, (0, 1], by class", type=float)
-    workers: int = option(2, "data", "threads that decode images; the order does not depend on them", type=int)
+    workers: int = option(0, "data", "threads that decode images, 0 for one a core; results do not depend on it", type=int)
 
     mapping: str = option("blmpp", "output mapping", "rlm, flm, ilm, blm, blmpp (alias blmp) or linear", type=str)
     laplace: float = option(1.0, "output mapping", "Laplace smoothing λ of blm and blmpp, 0 or more", type=float)
@@ -92,7 +92,7 @@ class Config:
         _require(0 < self.topk_ratio <= 1, "--topk-ratio", self.topk_ratio, "in (0, 1]")
         _require(0 < self.train_fraction <= 1, "--train-fraction", self.train_fraction, "in (0, 1]")
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
-        _require(1 <= self.workers <= 256, "--workers", self.workers, "in [1, 256]")
+        _require(0 <= self.workers <= 256, "--workers", self.workers, "in [0, 256]")
         _require(self.canvas_size is None or self.canvas_size >= 1, "--canvas-size", self.canvas_size, "1 or more")
         self._check_machine()
 

@@ -58,19 +58,38 @@ def assemble(settings, device):
         For what the user can mend, each in one line. Nothing is written before backbone and input VR are in order.
     """
     classifier = build_classifier(settings.backbone, settings.weights, settings.seed, settings.canvas_size)
-    canvas_size = settings.canvas_size or classifier.input_size
-    input_vr, presets = build_input_vr(settings, classifier, canvas_size, border=(canvas_size + 1) // 2)
-    return join(settings, device, classifier, input_vr, presets, _load(settings, presets))
-
-
-def build_input_vr(settings, classifier, canvas_size, border):
-    """The input VR and the (train, test) presets of its images."""
-    normalisation = classifier.mean, classifier.std
+    size = settings.canvas_size or classifier.input_size
     if settings.reprogramming == "padding":
-        size = image_size(settings.dataset)
-        return PaddingVR(canvas_size, size, *normalisation), (padding_preset(size), padding_preset(size))
-    presets = watermarking_train_preset(canvas_size), watermarking_test_preset(canvas_size)
-    return WatermarkingVR(canvas_size, border, *normalisation), presets
+        input_vr, presets = _padding(settings, classifier, size)
+    else:
+        input_vr = WatermarkingVR(size, (size + 1) // 2, classifier.mean, classifier.std)
+        presets = watermarking_train_preset(size), watermarking_test_preset(size)
+    return _join(settings, device, classifier, input_vr, presets, _load(settings, presets))
+
+
+def assemble_clip(settings, device):
+    """Build the parts of a run of a vision-language model; as `assemble`."""
+    cache_path = Path(settings.results_path) / "cache"
+    templates = None if settings.templates is None else read_templates(settings.templates)
+    clip = load_clip(settings.backbone, settings.weights, settings.seed)
+    size = clip.input_size
+    if settings.canvas_size not in (None, size):
+        raise ValueError(f"{settings.backbone} takes images of {size}x{size}, got --canvas-size {settings.canvas_size}")
+    if settings.reprogramming == "padding":
+        input_vr, presets = _padding(settings, clip, size)
+    else:
+        input_vr = WatermarkingVR(size, CLIP_BORDER, clip.mean, clip.std)
+        presets = (clip_preset(size, clip.resize_mode, clip.interpolation),) * 2
+    task = _load(settings, presets)
+    with distributed.main_process_first():
+        classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
+    return _join(settings, device, classifier, input_vr, presets, task)
+
+
+def _padding(settings, classifier, canvas_size):
+    size = image_size(settings.dataset)
+    input_vr = PaddingVR(canvas_size, size, classifier.mean, classifier.std)
+    return input_vr, (padding_preset(size),) * 2
 
 
 def _load(settings, presets):
@@ -81,7 +100,7 @@ def _load(settings, presets):
         )
 
 
-def join(settings, device, classifier, input_vr, presets, task):
+def _join(settings, device, classifier, input_vr, presets, task):
     """Build mapping and network around the given parts and put everything on ``device``."""
     mapping = build_mapping(
         settings.mapping, classifier.num_source, task.num_target, laplace=settings.laplace,

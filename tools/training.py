@@ -80,7 +80,7 @@ class Trainer:
         self.parameters = [program, *mapping.parameters()]
         self.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.chunk_size = network.chunk_size
+        self.chunk_size = 32
         self.skipped_steps = 0
         self.seconds = {}
         self.stop_signal = 0
@@ -89,7 +89,7 @@ class Trainer:
 
     def estimate(self, epoch):
         """Estimate ω from one pass over the training set with the present θ."""
-        with self._timed("estimate"), torch.inference_mode():
+        with self._timed("estimate"), torch.inference_mode(), self.network.accumulate():
             for batch in self._batches("estimate", epoch):
                 self.mapping.observe(self._logits(batch.images), batch.labels)
             self.refresh(epoch)
@@ -151,7 +151,7 @@ class Trainer:
     def evaluate(self, epoch=0):
         """Accuracy on the test set, every sample once whatever the number of processes; a fraction of 1."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
-        with self._timed("test"), torch.inference_mode():
+        with self._timed("test"), torch.inference_mode(), self.network.accumulate():
             for batch in self._batches("test", epoch):
                 predicted = self.mapping(self._logits(batch.images)).argmax(1)
                 totals += torch.stack([(predicted == batch.labels).sum().double(), _count(batch, totals)])
@@ -199,16 +199,17 @@ class Trainer:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         kept = []
         chunks = zip(batch.images.split(self.chunk_size), batch.labels.split(self.chunk_size), strict=True)
-        for images, labels in chunks:
-            if not len(labels):
-                break
-            logits = self._logits(images)
-            mapped = self.mapping(logits)
-            loss = functional.cross_entropy(mapped, labels, reduction="sum")
-            self.scaler.scale(loss / batch.global_size).backward()
-            loss_sum += loss.detach()
-            correct += (mapped.detach().argmax(1) == labels).sum()
-            kept.append(logits.detach())
+        with self.network.accumulate():
+            for images, labels in chunks:
+                if not len(labels):
+                    break
+                logits = self._logits(images)
+                mapped = self.mapping(logits)
+                loss = functional.cross_entropy(mapped, labels, reduction="sum")
+                self.scaler.scale(loss / batch.global_size).backward()
+                loss_sum += loss.detach()
+                correct += (mapped.detach().argmax(1) == labels).sum()
+                kept.append(logits.detach())
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -1,0 +1,33 @@
+"""python train_vlm.py --dataset flowers102 --mapping blmpp --seed 0
+
+Reprogram a frozen vision-language model (CLIP, or any other of open_clip): its pretrained labels are 81 prompt
+templates filled with the task's class names. The accuracy of the model as it comes is measured first.
+"""
+
+import sys
+from functools import partial
+
+import torch
+
+from cfg import VLMConfig, parse
+from tools.assembly import assemble_clip
+from tools.session import Session, user_errors
+
+
+def main(argv=None):
+    with user_errors():
+        cfg = parse(VLMConfig, __doc__, argv)
+    sgd = partial(torch.optim.SGD, lr=cfg.lr, momentum=0.9)
+    with Session(cfg, assemble_clip, sgd, schedule="cosine") as session:
+        trainer = session.trainer
+        session.measure_zero_shot()
+        for epoch in session.epochs():
+            if session.mapping.estimated and (session.iterative or epoch == 0):
+                trainer.estimate(epoch)
+            trained = trainer.train(epoch)
+            session.end_epoch(epoch, trained, trainer.evaluate())
+        session.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
