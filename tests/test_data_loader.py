@@ -13,7 +13,7 @@ from data import (
 )
 from data import image_set as image_set_module
 from data.image_set import Streamed
-from data.loader import epoch_generator, vary
+from data.loader import _vary_at_once, epoch_generator, vary
 from data.presets import Preset
 from data.sources import ArraySource
 from models.torchvision_shim import ensure_torchvision
@@ -86,6 +86,8 @@ def test_crops_and_flips_one_by_one():
                 elif chosen is not None and flips[i]:
                     expected = expected.flip(1)
                 assert torch.equal(varied[i], expected)
+            if chosen is not None or places is not None:
+                assert torch.equal(_vary_at_once(stored, 16, places, chosen), varied)
 
 
 def test_each_picture_is_a_crop_of_itself_and_all_crops_occur():
