@@ -153,6 +153,16 @@ def watermarking_test_preset(canvas_size):
     return Preset(canvas_size)
 
 
-def clip_preset(size):
-    """CLIP's own preprocessing without its normalisation: shorter side to `size` (bicubic), centre crop."""
-    return Preset(size, resize="shorter-side", interpolation="bicubic")
+def clip_preset(size, resize_mode="shortest", interpolation="bicubic"):
+    """A CLIP's own preprocessing without its normalisation.
+
+    Parameters
+    ----------
+    size : int
+        Side of the pictures that the image tower takes, in pixels.
+    resize_mode : {"shortest", "squash"}
+        open_clip's names: the shorter side to `size` and a centre crop, or both sides to `size`.
+    interpolation : {"bicubic", "bilinear"}
+    """
+    resize = {"shortest": "shorter-side", "squash": "exact"}[resize_mode]
+    return Preset(size, resize=resize, interpolation=interpolation)

@@ -68,7 +68,7 @@ class Task:
     name : str
     class_names : list of str
         Cleaned name of each label; T of them, whatever labels occur.
-    train, test : ImageSet
+    train, test : ImageSet or None
     """
 
     name: str
@@ -118,8 +118,8 @@ def load_task(
         with an ILM-VP folder as PATH.
     data_path : str or Path
         Holds the ILM-VP folder `name`, or torchvision's files.
-    train_preset, test_preset : Preset
-        How the pictures of each split are stored.
+    train_preset, test_preset : Preset or None
+        How the pictures of each split are stored; None leaves a split out.
     cache_path : str, Path or None
         Folder for decoded pictures; made when first needed. None keeps no cache.
     workers : int
@@ -154,6 +154,9 @@ def load_task(
     threads = workers or _cores()
     image_sets = {}
     for split, source, preset in (("train", train, train_preset), ("test", test, test_preset)):
+        if preset is None:
+            image_sets[split] = None
+            continue
         in_memory = isinstance(source, sources.ArraySource)  # made on the spot: nothing worth keeping on disk
         image_sets[split] = stored_images(
             source,
@@ -165,8 +168,9 @@ def load_task(
             progress=progress,
             check=lambda labels, split=split: check(split, labels),
         )
-    _warn_if_unusual(name, image_sets, class_names)
-    if train_fraction < 1:
+    if None not in image_sets.values():
+        _warn_if_unusual(name, image_sets, class_names)
+    if train_fraction < 1 and image_sets["train"] is not None:
         rows = stratified_subset(image_sets["train"].labels, train_fraction, seed)
         image_sets["train"] = image_sets["train"].subset(rows)
     return Task(name, class_names, image_sets["train"], image_sets["test"])

@@ -1,6 +1,16 @@
 """Input VR, frozen pretrained classifiers, and the network that joins them."""
 
 from models.classifiers import BACKBONES, Classifier, build_classifier
+from models.engine import SWITCHES, Network, build_network
 from models.prompts import PaddingVR, WatermarkingVR
 
-__all__ = ["BACKBONES", "Classifier", "PaddingVR", "WatermarkingVR", "build_classifier"]
+__all__ = [
+    "BACKBONES",
+    "SWITCHES",
+    "Classifier",
+    "Network",
+    "PaddingVR",
+    "WatermarkingVR",
+    "build_classifier",
+    "build_network",
+]

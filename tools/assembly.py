@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 
 from data import BatchLoader, Task, image_size, load_task
-from data.presets import padding_preset, watermarking_test_preset, watermarking_train_preset
+from data.presets import clip_preset, padding_preset, watermarking_test_preset, watermarking_train_preset
+from data.text import build_prompts, read_templates
 from mapping import LabelMapping, build_mapping
 from models import Classifier, PaddingVR, WatermarkingVR, build_classifier, build_network
+from models.clip import load_clip
 from tools import distributed
+
+CLIP_BORDER = 30  # width of CLIP's watermark in pixels
 
 
 @dataclass
@@ -24,8 +28,9 @@ class System:
     input_vr: torch.nn.Module
     network: torch.nn.Module
     mapping: LabelMapping
-    presets: tuple
+    presets: tuple  # of training and test images
     device: torch.device
+    zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
     def loaders(self, batch_size, seed):
         """`data.BatchLoader` of the three steps: ``estimate``, ``train``, ``test``."""
@@ -40,6 +45,23 @@ class System:
             "train": BatchLoader(self.task.train, train, batch_size, shuffle=True, purpose="train", **common),
             "test": BatchLoader(self.task.test, test, batch_size, shuffle=False, purpose="test", **common),
         }
+
+    def zero_shot_accuracy(self, batch_size):
+        """Accuracy of the CLIP without reprogramming; {"single", "ensemble"} to fractions of 1.
+
+        ``single`` asks with the first template alone, ``ensemble`` with the mean embedding of all of them. Every
+        process measures the whole test set: the sum is the same whatever their number.
+        """
+        clip = self.classifier
+        loader = BatchLoader(
+            *self.zero_shot, batch_size, self.device, shuffle=False, seed=0, purpose="zero-shot"
+        )
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+        correct = dict.fromkeys(("single", "ensemble"), 0)
+        for images, labels, _ in loader.epoch(0):
+            for kind, logits in clip.zero_shot_logits((images - mean) / std).items():
+                correct[kind] = correct[kind] + (logits.argmax(1) == labels).sum()
+        return {kind: int(count) / loader.num_samples for kind, count in correct.items()}
 
 
 def assemble(settings, device):
@@ -75,15 +97,17 @@ def assemble_clip(settings, device):
     size = clip.input_size
     if settings.canvas_size not in (None, size):
         raise ValueError(f"{settings.backbone} takes images of {size}x{size}, got --canvas-size {settings.canvas_size}")
+    own = clip_preset(size, clip.resize_mode, clip.interpolation)
     if settings.reprogramming == "padding":
         input_vr, presets = _padding(settings, clip, size)
     else:
-        input_vr = WatermarkingVR(size, CLIP_BORDER, clip.mean, clip.std)
-        presets = (clip_preset(size, clip.resize_mode, clip.interpolation),) * 2
+        input_vr, presets = WatermarkingVR(size, CLIP_BORDER, clip.mean, clip.std), (own, own)
     task = _load(settings, presets)
     with distributed.main_process_first():
         classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
-    return _join(settings, device, classifier, input_vr, presets, task)
+    system = _join(settings, device, classifier, input_vr, presets, task)
+    system.zero_shot = (task.test if presets[1] == own else _load(settings, (None, own)).test), own
+    return system
 
 
 def _padding(settings, classifier, canvas_size):

@@ -99,6 +99,13 @@ class Session:
         if distributed.rank() == 0:
             print(text, flush=True)
 
+    def measure_zero_shot(self):
+        """Measure what a CLIP does without reprogramming; it goes into the log and ``result.json``."""
+        accuracy = self.system.zero_shot_accuracy(self.cfg.batch_size)
+        self.extra_results["zero_shot"] = accuracy
+        self.log(f"without reprogramming: {accuracy['single']:.2%} with a single template, "
+                 f"{accuracy['ensemble']:.2%} with the ensemble of all")
+
     def epochs(self):
         """The numbers of the epochs that are still to be done."""
         yield from range(self.first_epoch, self.cfg.epochs)
