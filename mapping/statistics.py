@@ -99,15 +99,17 @@ class Table:
         return [theirs[:size] for theirs, size in zip(gathered, sizes, strict=True)]
 
     def _merge(self):
-        if not self.pending:
-            return
+        if self.pending:
+            self._sort_in_pending()
+            if len(self.keys) > _DENSE_SHARE * self.num_cells:
+                self._make_dense()
+
+    def _sort_in_pending(self):
         keys = torch.cat([self.keys, *(keys for keys, _ in self.pending)])
         values = torch.cat([self.values, *(values for _, values in self.pending)])
         self.pending, self.num_pending = [], 0
         self.keys, cell_of = keys.unique(return_inverse=True)  # sorted
         self.values = scatter_sum(cell_of, values, len(self.keys))
-        if len(self.keys) > _DENSE_SHARE * self.num_cells:
-            self._make_dense()
 
     def _make_dense(self):
         if self.dense is None:
