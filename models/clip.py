@@ -36,7 +36,8 @@ DEFAULT_BACKBONE = "ViT-B-32-quickgelu"
 TINY_BACKBONE = "tiny-test"
 _TINY_CONFIG = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "head_width": 16, "layers": 2},
+    "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "head_width": 16, "layers": 1,
+                   "pool_type": "avg"},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
