@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -43,6 +44,7 @@ class Session:
 
     def __enter__(self):
         self._stack = ExitStack()
+        self._stack.enter_context(_warnings_in_one_line())
         try:
             self._set_up()
         except BaseException:
@@ -147,8 +149,10 @@ class Session:
                  f"{sum(seconds.values()):.1f} s")
 
     def _weights(self):
-        index = self.mapping.source_index
-        return (self.mapping.weights if index is None else index).detach().clone()
+        """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
+        if self.mapping.source_index is not None:
+            return self.mapping.source_index
+        return self.mapping.weights.clone() if self.mapping.trainable else self.mapping.weights
 
     def finish(self):
         """Write ``result.json`` and say what came out."""
@@ -179,7 +183,25 @@ def _distance(weights, previous):
     """‖ω − ω'‖₂ over all entries; for one-to-one mappings from the two index vectors alone."""
     if weights.dim() == 1:
         return (2 * float((weights != previous).sum())) ** 0.5
-    return float(torch.linalg.vector_norm(weights - previous))
+    rows = zip(weights.split(1024), previous.split(1024), strict=True)  # no third matrix of a large ω's size
+    return float(torch.stack([(new - old).double().square().sum() for new, old in rows]).sum().sqrt())
+
+
+@contextmanager
+def _warnings_in_one_line():
+    earlier = warnings.showwarning
+
+    def show(message, category, *place, **where):
+        if category is not UserWarning:
+            earlier(message, category, *place, **where)
+        elif distributed.rank() == 0:
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = earlier
 
 
 @contextmanager
