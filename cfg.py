@@ -43,7 +43,7 @@ class Config:
     )
     data_path: str = option("datasets", "data", "folder that holds the data sets", type=str)
     train_fraction: float = option(1.0, "data", "share of the training set to use, (0, 1], by class", type=float)
-    workers: int = option(0, "data", "threads that decode images, 0 for one a core; results do not depend on it", type=int)
+    workers: int = option(0, "data", "decoding threads, 0 for one a core; results do not depend on it", type=int)
 
     mapping: str = option("blmpp", "output mapping", "rlm, flm, ilm, blm, blmpp (alias blmp) or linear", type=str)
     laplace: float = option(1.0, "output mapping", "Laplace smoothing λ of blm and blmpp, 0 or more", type=float)
