@@ -12,6 +12,8 @@ from tools import distributed
 from tools.runs import Run, check_writable, run_folder, summarise
 from tools.training import Interrupted, NonFiniteError, Trainer
 
+_HISTORY_LABELS = 10  # pretrained labels of each downstream label that a checkpoint remembers of every epoch
+
 
 @contextmanager
 def user_errors():
@@ -79,7 +81,7 @@ class Session:
             system.network, system.input_vr.program, system.mapping, loaders,
             self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, cfg.precision, cfg.on_nonfinite,
         )
-        self._previous_weights = None
+        self._previous_weights, self._history = None, []
         with user_errors():
             checkpoint = self.run.open() if self.main else None
             self._stack.callback(self.run.close)
@@ -89,6 +91,7 @@ class Session:
             self.trainer.load_state_dict(checkpoint)
             self.run.metrics = checkpoint["metrics"]
             self.first_epoch = len(checkpoint["metrics"])
+            self._history = checkpoint.get("history", [])
             if self.first_epoch:
                 self._previous_weights = self._weights()
             self.log(f"going on after epoch {self.first_epoch - 1} of {folder}")
@@ -131,10 +134,11 @@ class Session:
             "test_accuracy": test_accuracy, "mapping_change": change, "lr": trained["lr"], "seconds": seconds,
         }
         if self.main:
+            self._history.append({"epoch": epoch, **_heaviest(weights)})
             with _failing_with_code_1():
                 self.run.save_epoch(metrics, {
-                    **self.trainer.state_dict(), **self.extra_results, "class_names": self.task.class_names,
-                    "source_names": self.system.classifier.source_names,
+                    **self.trainer.state_dict(), **self.extra_results, "history": self._history,
+                    "class_names": self.task.class_names, "source_names": self.system.classifier.source_names,
                 })
         else:
             self.run.metrics.append(metrics)
@@ -185,6 +189,14 @@ def _distance(weights, previous):
         return (2 * float((weights != previous).sum())) ** 0.5
     rows = zip(weights.split(1024), previous.split(1024), strict=True)  # no third matrix of a large ω's size
     return float(torch.stack([(new - old).double().square().sum() for new, old in rows]).sum().sqrt())
+
+
+def _heaviest(weights):
+    """The pretrained labels of most weight in each column of ω, (T, at most 10), and those weights; descending."""
+    if weights.dim() == 1:
+        return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
+    top = weights.topk(min(_HISTORY_LABELS, len(weights)), dim=0)
+    return {"labels": top.indices.T.int().cpu().contiguous(), "weights": top.values.T.cpu().contiguous()}
 
 
 @contextmanager
