@@ -11,7 +11,8 @@ import torch
 
 from cfg import VLMConfig, parse
 from tools.assembly import assemble_clip
-from tools.session import Session, user_errors
+from tools.console import user_errors
+from tools.session import Session
 
 
 def main(argv=None):

@@ -11,7 +11,8 @@ import torch
 
 from cfg import VMConfig, parse
 from tools.assembly import assemble
-from tools.session import Session, user_errors
+from tools.console import user_errors
+from tools.session import Session
 
 
 def main(argv=None):

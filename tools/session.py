@@ -9,20 +9,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from tools import distributed
+from tools.console import user_errors
 from tools.runs import Run, check_writable, run_folder, summarise
 from tools.training import Interrupted, NonFiniteError, Trainer
 
 _HISTORY_LABELS = 10  # pretrained labels of each downstream label that a checkpoint remembers of every epoch
-
-
-@contextmanager
-def user_errors():
-    """Turn errors that a user can mend into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 class Session:
