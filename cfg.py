@@ -1,16 +1,13 @@
 """Settings of the three scripts: one frozen dataclass each, filled from defaults, then recipe, then command line."""
 
 import argparse
-import difflib
-import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-
-import torch
 
 from data import check_dataset_name
 from mapping import check_mapping_name
 from models import SWITCHES
+from tools.console import Parser, torch_device
 
 # What the paper sets for single data sets (DTD and OxfordPets are small: with 256 an epoch is a dozen steps).
 RECIPES = {"dtd": {"batch_size": 64}, "oxfordpets": {"batch_size": 64}}
@@ -25,7 +22,7 @@ def option(default, group, text, **argument):
 
 def _engine(text):
     """``all``, ``plain``, or some of `SWITCHES` separated by commas, put into their fixed order."""
-    names = {"all": set(SWITCHES) - {"compile"}, "plain": set()}.get(text, set(text.split(",")))
+    names = {"all": set(SWITCHES), "plain": set()}.get(text, set(text.split(",")))
     unknown = sorted(names - set(SWITCHES))
     if unknown:
         raise argparse.ArgumentTypeError(
@@ -97,23 +94,14 @@ class Config:
         self._check_machine()
 
     def _check_machine(self):
-        try:
-            device = self.torch_device
-        except RuntimeError as error:
-            raise ValueError(f"--device {self.device}: allowed are cpu, cuda, cuda:N and auto") from error
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {self.device}: allowed are cpu, cuda, cuda:N and auto")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        device = self.torch_device
         if device.type == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"--precision {self.precision} needs a GPU; on a CPU take fp32 or bf16")
 
     @property
     def torch_device(self):
         """The device to run on, with ``auto`` resolved."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return torch_device(self.device)
 
     @property
     def settings(self):
@@ -164,23 +152,9 @@ def _require(holds, flag, value, allowed):
         raise ValueError(f"{flag} must be {allowed}, got {value}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown.split()[0].split("=")[0], flags, n=1)
-            message += f" (did you mean {close[0]}?)" if close else "; --help lists all"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def build_parser(config, description):
     """The argparse parser of a config class; flags that are not given stay out of its namespace."""
-    parser = _Parser(
-        description=description, usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )
+    parser = Parser(description=description, usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
     groups = {}
     for setting in fields(config):
         arguments = dict(setting.metadata)
