@@ -1,7 +1,31 @@
-"""How every command speaks to its user: errors and warnings in one line."""
+"""What every command shares: one-line errors and warnings, the choice of a device."""
 
+import argparse
+import difflib
 import sys
+import warnings
 from contextlib import contextmanager
+
+import torch
+
+from tools import distributed
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations whose errors are one line, with the closest flag, and exit code 2."""
+
+    def __init__(self, *arguments, **options):
+        options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | options
+        super().__init__(*arguments, **options)
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown.split()[0].split("=")[0], flags, n=1)
+            message += f" (did you mean {close[0]}?)" if close else "; --help lists all"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager
@@ -12,3 +36,42 @@ def user_errors():
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def one_line_warnings():
+    """Show each UserWarning as one line, in one process."""
+    earlier = warnings.showwarning
+
+    def show(message, category, *place, **where):
+        if category is not UserWarning:
+            earlier(message, category, *place, **where)
+        elif distributed.rank() == 0:
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = earlier
+
+
+def torch_device(name):
+    """The device that ``--device`` names: cpu, cuda, cuda:N, or auto, which is cuda where there is one.
+
+    Raises
+    ------
+    ValueError
+        For another name, or a GPU that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: allowed are cpu, cuda, cuda:N and auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

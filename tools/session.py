@@ -3,13 +3,12 @@
 import signal
 import sys
 import time
-import warnings
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from tools import distributed
-from tools.console import user_errors
+from tools.console import one_line_warnings, user_errors
 from tools.runs import Run, check_writable, run_folder, summarise
 from tools.training import Interrupted, NonFiniteError, Trainer
 
@@ -37,7 +36,7 @@ class Session:
 
     def __enter__(self):
         self._stack = ExitStack()
-        self._stack.enter_context(_warnings_in_one_line())
+        self._stack.enter_context(one_line_warnings())
         try:
             self._set_up()
         except BaseException:
@@ -188,23 +187,6 @@ def _heaviest(weights):
         return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
     top = weights.topk(min(_HISTORY_LABELS, len(weights)), dim=0)
     return {"labels": top.indices.T.int().cpu().contiguous(), "weights": top.values.T.cpu().contiguous()}
-
-
-@contextmanager
-def _warnings_in_one_line():
-    earlier = warnings.showwarning
-
-    def show(message, category, *place, **where):
-        if category is not UserWarning:
-            earlier(message, category, *place, **where)
-        elif distributed.rank() == 0:
-            print(f"warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = earlier
 
 
 @contextmanager
