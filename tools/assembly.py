@@ -16,6 +16,7 @@ from models import Classifier, PaddingVR, WatermarkingVR, build_classifier, buil
 from models.clip import load_clip
 from tools import distributed
 
+SPLITS = ("train", "test")
 CLIP_BORDER = 30  # width of CLIP's watermark in pixels
 
 
@@ -23,7 +24,7 @@ CLIP_BORDER = 30  # width of CLIP's watermark in pixels
 class System:
     """The parts of a run, on their device."""
 
-    task: Task
+    task: Task  # a set that was not asked for is None
     classifier: Classifier
     input_vr: torch.nn.Module
     network: torch.nn.Module
@@ -64,7 +65,7 @@ class System:
         return {kind: int(count) / loader.num_samples for kind, count in correct.items()}
 
 
-def assemble(settings, device):
+def assemble(settings, device, splits=SPLITS, class_names=None):
     """Build the parts of a run of a vision model.
 
     Parameters
@@ -73,6 +74,10 @@ def assemble(settings, device):
         With the attributes of the scripts' settings as plain values (a config, or a namespace made from
         ``config.json``).
     device : torch.device
+    splits : collection of str
+        Which of `SPLITS` to load; the task's other sets are None. Without any, no data set is needed.
+    class_names : list of str, optional
+        The downstream labels where they are known: needed without a data set, and compared with that of one.
 
     Raises
     ------
@@ -86,10 +91,10 @@ def assemble(settings, device):
     else:
         input_vr = WatermarkingVR(size, (size + 1) // 2, classifier.mean, classifier.std)
         presets = watermarking_train_preset(size), watermarking_test_preset(size)
-    return _join(settings, device, classifier, input_vr, presets, _load(settings, presets))
+    return _join(settings, device, classifier, input_vr, presets, _load(settings, presets, splits, class_names))
 
 
-def assemble_clip(settings, device):
+def assemble_clip(settings, device, splits=SPLITS, class_names=None):
     """Build the parts of a run of a vision-language model; as `assemble`."""
     cache_path = Path(settings.results_path) / "cache"
     templates = None if settings.templates is None else read_templates(settings.templates)
@@ -102,11 +107,13 @@ def assemble_clip(settings, device):
         input_vr, presets = _padding(settings, clip, size)
     else:
         input_vr, presets = WatermarkingVR(size, CLIP_BORDER, clip.mean, clip.std), (own, own)
-    task = _load(settings, presets)
+    task = _load(settings, presets, splits, class_names)
     with distributed.main_process_first():
         classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
     system = _join(settings, device, classifier, input_vr, presets, task)
-    system.zero_shot = (task.test if presets[1] == own else _load(settings, (None, own)).test), own
+    if task.test is not None:
+        unchanged = task.test if presets[1] == own else _load(settings, (None, own), ("test",)).test
+        system.zero_shot = unchanged, own
     return system
 
 
@@ -116,12 +123,28 @@ def _padding(settings, classifier, canvas_size):
     return input_vr, (padding_preset(size),) * 2
 
 
-def _load(settings, presets):
+def _load(settings, presets, splits, class_names=None):
+    if not splits:
+        return Task(settings.dataset, class_names, None, None)
+    presets = [preset if split in splits else None for split, preset in zip(SPLITS, presets, strict=True)]
     with distributed.main_process_first():
-        return load_task(
+        task = load_task(
             settings.dataset, settings.data_path, *presets, cache_path=Path(settings.results_path) / "cache",
             workers=settings.workers, train_fraction=settings.train_fraction, seed=settings.seed,
         )
+    if class_names not in (None, task.class_names):
+        raise ValueError(
+            f"{settings.dataset} has other classes than when the run was trained ({_difference(task, class_names)}); "
+            "give the data set of that time with --data-path"
+        )
+    return task
+
+
+def _difference(task, class_names):
+    if task.num_target != len(class_names):
+        return f"{task.num_target} instead of {len(class_names)}"
+    now, then = next(pair for pair in zip(task.class_names, class_names, strict=True) if pair[0] != pair[1])
+    return f"{now!r} instead of {then!r}"
 
 
 def _join(settings, device, classifier, input_vr, presets, task):

@@ -10,7 +10,7 @@ import torch
 from tools import distributed
 from tools.console import one_line_warnings, user_errors
 from tools.runs import Run, check_writable, run_folder, summarise
-from tools.training import Interrupted, NonFiniteError, Trainer
+from tools.training import Interrupted, NonFiniteError, Trainer, set_up_arithmetic
 
 _HISTORY_LABELS = 10  # pretrained labels of each downstream label that a checkpoint remembers of every epoch
 
@@ -49,7 +49,7 @@ class Session:
         device = distributed.local_device(cfg.torch_device)
         self._stack.enter_context(distributed.process_group(device))
         self.main = distributed.rank() == 0
-        _set_up_arithmetic(device, cfg.precision, cfg.deterministic)
+        set_up_arithmetic(device, cfg.precision, cfg.deterministic)
         with user_errors():
             check_writable(cfg.results_path)
             folder = run_folder(cfg.results_path, cfg.kind, cfg.settings)
@@ -211,15 +211,6 @@ def _signals_to(trainer):
     finally:
         for signum, handler in earlier.items():
             signal.signal(signum, handler)
-
-
-def _set_up_arithmetic(device, precision, deterministic):
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
 
 
 def _open_tensorboard(folder):

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from tools import distributed
 
+CHUNK_SIZE = 32  # images that go through the network at once
+
 
 class NonFiniteError(ArithmeticError):
     """A loss, gradient or mapping became infinite or NaN; the message says where."""
@@ -40,6 +42,23 @@ def learning_rate(schedule, lr, progress):
     if schedule == "steps":
         return lr * 0.1 ** sum(progress >= milestone for milestone in (0.5, 0.72))
     return lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_up_arithmetic(device, precision, deterministic):
+    """Set what torch keeps for the whole process: the GPU in use, TF32 or not, algorithms that repeat their bits."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def pretrained_logits(network, images, precision="fp32", chunk_size=CHUNK_SIZE):
+    """Pretrained logits (n, S), float32, of images (n, 3, h, w) in [0, 1], computed ``chunk_size`` images at a time."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return torch.cat([network(chunk).float() for chunk in images.split(chunk_size)])
 
 
 class Trainer:
@@ -78,9 +97,9 @@ class Trainer:
             self.optimizers.append(torch.optim.Adam(mapping.parameters(), lr=0.1))
         self.base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.parameters = [program, *mapping.parameters()]
-        self.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.chunk_size = 32
+        self.chunk_size = CHUNK_SIZE
         self.skipped_steps = 0
         self.seconds = {}
         self.stop_signal = 0
@@ -174,10 +193,9 @@ class Trainer:
                 raise Interrupted(signum)
 
     def _logits(self, images):
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits = [self.network(chunk).float() for chunk in images.split(self.chunk_size) if len(chunk)]
-        # a process whose share of the last batch is empty still takes part in every sum
-        return torch.cat(logits) if logits else images.new_zeros(0, self.mapping.num_source)
+        if not len(images):  # a process whose share of the last batch is empty still takes part in every sum
+            return images.new_zeros(0, self.mapping.num_source)
+        return pretrained_logits(self.network, images, self.precision, self.chunk_size)
 
     def _forward_backward(self, batch):
         """Accumulate the gradient of the global batch's mean loss, a chunk at a time."""

@@ -1,0 +1,31 @@
+"""Two small finished runs that the tests of the tools share; nothing may be changed in their folders."""
+
+from importlib import import_module
+
+import pytest
+
+SHARED = ["--dataset", "synthetic", "--epochs", "3", "--batch-size", "24"]
+BACKBONES = {
+    "train_vm": ["--backbone", "efficientnet_lite0", "--canvas-size", "64"],
+    "train_vlm": ["--backbone", "tiny-test", "--weights", "none", "--lr", "10"],
+}
+
+
+def train(script, results, *arguments):
+    """Run a training script in this process; its run folder."""
+    before = set(results.rglob("config.json"))
+    import_module(script).main([*SHARED, *BACKBONES[script], "--results-path", str(results), *arguments])
+    (config,) = set(results.rglob("config.json")) - before
+    return config.parent
+
+
+@pytest.fixture(scope="session")
+def vm_run(tmp_path_factory):
+    """EfficientNet-Lite0 with ImageNet weights on a canvas of 64, padding, blm."""
+    return train("train_vm", tmp_path_factory.mktemp("vm"), "--mapping", "blm")
+
+
+@pytest.fixture(scope="session")
+def vlm_run(tmp_path_factory):
+    """The tiny CLIP, watermarking, blmpp."""
+    return train("train_vlm", tmp_path_factory.mktemp("vlm"), "--mapping", "blmpp")
