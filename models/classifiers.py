@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.checkpoint_file import read_checkpoint
 from models.torchvision_shim import ensure_torchvision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -190,22 +191,26 @@ def read_state_dict(path):
     ValueError
         For anything that is not such a file.
     """
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere inside the readers
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is not a readable checkpoint of plain tensors ({reason})") from error
+    state = _read_safetensors(path) if str(path).endswith(".safetensors") else read_checkpoint(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    plain = isinstance(state, dict) and state and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    )
+    if not plain:
         raise ValueError(f"{path} holds no state dict: expected parameter names with tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _read_safetensors(path):
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # a damaged file can fail anywhere inside the reader
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path} is not a readable checkpoint of plain tensors ({reason})") from error
 
 
 def load_checkpoint(net, path):

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from models.checkpoint_file import read_checkpoint
 from models.classifiers import Classifier
 from models.torchvision_shim import ensure_torchvision
 
@@ -243,7 +244,7 @@ def _checksum(embeddings):
 
 def _read_embeddings(file, num_texts):
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = read_checkpoint(file)
         embeddings = stored["embeddings"]
         intact = len(embeddings) == num_texts and _checksum(embeddings) == stored["checksum"]
     except Exception:  # absent, cut off or foreign: it can fail anywhere in the reader, and is made again

@@ -13,11 +13,12 @@ import platform
 import shutil
 import subprocess
 import sys
-import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from models.checkpoint_file import read_checkpoint
 
 # settings that may differ between a run and its continuation: they change where and how, not what
 FREE_SETTINGS = frozenset(
@@ -90,13 +91,17 @@ class Run:
         self.metrics = []
         self._lock = None
         if not overwrite:
-            self._refuse_other_settings()
+            self._refuse_other_config()
 
-    def _refuse_other_settings(self):
+    def _refuse_other_config(self):
         path = self.folder / "config.json"
-        if not path.exists():
-            return
-        earlier = read_json(path)["settings"]
+        if path.exists():
+            config = read_json(path)
+            if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+                raise ValueError(f"{path} holds no settings; take another --results-path, or --overwrite to start anew")
+            self._refuse_other_settings(config["settings"])
+
+    def _refuse_other_settings(self, earlier):
         fields = sorted((earlier.keys() | self.settings.keys()) - FREE_SETTINGS)
         different = [
             f"{field} was {earlier.get(field)!r} and is {self.settings.get(field)!r}"
@@ -111,9 +116,23 @@ class Run:
 
     @property
     def result(self):
-        """What ``result.json`` holds where the run is finished, else None."""
+        """What ``result.json`` holds where the run is finished, else None.
+
+        Raises
+        ------
+        ValueError
+            Where that is no result.
+        """
         path = self.folder / "result.json"
-        return read_json(path) if path.exists() and not self.overwrite else None
+        if self.overwrite or not path.exists():
+            return None
+        try:
+            result = read_json(path)
+            if not isinstance(result, dict) or not _is_accuracy(result.get("final_accuracy")):
+                raise ValueError(f"{path} holds no result")
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, and the same command writes it anew from the checkpoint") from error
+        return result
 
     def open(self):
         """Take hold of the folder and write ``config.json``; returns the checkpoint to go on from, or None.
@@ -121,18 +140,23 @@ class Run:
         Raises
         ------
         ValueError
-            Where another process holds the folder.
+            Where another process holds the folder, or what it holds is of other settings or beyond reading.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock = os.fdopen(os.open(self.folder / ".lock", flags, 0o644), "r+")  # held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise ValueError(f"another process is at work in {self.folder}; wait for it or stop it") from error
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink()
         if self.overwrite:
             for name in ("result.json", "last.pt", "previous.pt", "best.pt", "metrics.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
+        else:
+            self._refuse_other_config()  # again: another process may have begun and ended since
         checkpoint = self._load_newest()
         if checkpoint is None or not (self.folder / "config.json").exists():
             write_json(self.folder / "config.json", {
@@ -149,14 +173,23 @@ class Run:
             self._lock = None
 
     def _load_newest(self):
-        for name in ("last.pt", "previous.pt"):
-            path = self.folder / name
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        errors = []
+        for path in (last, previous):
             if not path.exists():
                 continue
             try:
-                return load_checkpoint(path)
+                checkpoint = load_checkpoint(path)
             except ValueError as error:
-                print(f"warning: {error}; going back to the checkpoint before it", file=sys.stderr)
+                errors.append(str(error))
+                continue
+            self._refuse_other_settings(checkpoint["settings"])
+            if errors:
+                print(f"warning: {errors[0]}; going back to the checkpoint before it", file=sys.stderr)
+                os.replace(last, self.folder / "damaged.pt")  # or the next save would make it the one before
+            return checkpoint
+        if errors:
+            raise ValueError(f"{'; '.join(errors)}; --overwrite starts anew")
         return None
 
     def save_epoch(self, metrics, state):
@@ -221,26 +254,37 @@ def load_checkpoint(path):
     ValueError
         Where the file is damaged or no checkpoint of this project.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not verify the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"bad checksum in {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"kind", "settings", "metrics", "mapping", "program"} - checkpoint.keys()
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))} in it")
-    except Exception as error:  # the readers of zip and pickle fail in many ways on damaged files
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint of this project ({reason})") from error
+    checkpoint = read_checkpoint(path, archive_only=True)
+    if not _is_checkpoint(checkpoint):
+        raise ValueError(f"{path} is damaged or no checkpoint of this project")
     return checkpoint
+
+
+def _is_checkpoint(value):
+    if not isinstance(value, dict) or not isinstance(value.get("metrics"), list):
+        return False
+    lines = value["metrics"]
+    try:
+        json.dumps([lines, value.get("settings")])
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return (
+        isinstance(value.get("settings"), dict) and isinstance(value.get("mapping"), dict)
+        and isinstance(value.get("program"), torch.Tensor) and isinstance(value.get("kind"), str)
+        and all(isinstance(line, dict) and _is_accuracy(line.get("test_accuracy")) for line in lines)
+        and [line.get("epoch") for line in lines] == list(range(len(lines)))
+    )
+
+
+def _is_accuracy(value):
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 def read_json(path):
     """The content of a JSON file; ValueError names the file where it holds none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no valid JSON ({error})") from error
 
 
@@ -251,10 +295,14 @@ def write_json(path, value):
 
 def _write_durably(path, text):
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}; what was there is untouched") from error
     os.replace(temporary, path)
     _sync_folder(path.parent)
 
