@@ -49,8 +49,8 @@ def _as_file_name(text):
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
 
 
-def check_writable(path):
-    """Check that ``path`` can be made or written to, without writing anything.
+def check_writable(path, flag="--results-path"):
+    """Check that the folder ``path``, which ``flag`` chooses, can be made or written to, without writing anything.
 
     Raises
     ------
@@ -62,9 +62,9 @@ def check_writable(path):
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise NotADirectoryError(f"cannot write to {path}: {existing} is a file; choose another --results-path")
+        raise NotADirectoryError(f"cannot write to {path}: {existing} is a file; choose another {flag}")
     if not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
-        raise PermissionError(f"cannot write to {path}: no permission in {existing}; choose another --results-path")
+        raise PermissionError(f"cannot write to {path}: no permission in {existing}; choose another {flag}")
 
 
 class Run:
@@ -222,7 +222,7 @@ class Run:
 
     def _write_metrics(self):
         text = "".join(json.dumps(line) + "\n" for line in self.metrics)
-        _write_durably(self.folder / "metrics.jsonl", text)
+        write_text(self.folder / "metrics.jsonl", text)
 
 
 def summarise(settings, metrics):
@@ -290,10 +290,12 @@ def read_json(path):
 
 def write_json(path, value):
     """Write ``value`` to a JSON file so that it is there whole or not at all."""
-    _write_durably(Path(path), json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write_durably(path, text):
+def write_text(path, text):
+    """Write ``text`` to a file so that it is there whole or not at all."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -1,0 +1,183 @@
+"""python -m tools.evaluate results/vm/flowers102/efficientnet_lite0_padding_blm_seed0
+
+Measure a trained run on its test set: accuracy, top-5 accuracy, calibration, accuracy and confusions of each class.
+
+Writes evaluation.json and confusion.csv (rows: true labels, columns: predicted ones, entries: test images) into the
+run folder or --out; for --checkpoint best they are called evaluation-best.json and confusion-best.csv. On the machine
+that trained the run the accuracy is that of result.json to the last digit.
+
+Calibration is the expected calibration error (Guo et al., 2017): over 15 bins of equal width of the winning
+probability, the mean distance of accuracy from confidence, weighted by the bins' shares of the images.
+"""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import BatchLoader
+from tools.console import Parser, one_line_warnings, user_errors
+from tools.finished import add_run_arguments, load_run
+from tools.runs import check_writable, write_json, write_text
+
+CALIBRATION_BINS = 15
+
+
+def main(argv=None):
+    args = parse(argv)
+    with user_errors(), one_line_warnings():
+        out = Path(args.out or args.run)
+        run = load_run(args.run, args.device, args.data_path, args.weights, ("test",), args.checkpoint)
+        check_writable(out, "--out")
+        logits, labels = test_logits(run)
+        evaluation = {
+            "kind": run.kind,
+            **{key: getattr(run.settings, key) for key in ("dataset", "backbone", "reprogramming", "mapping", "seed")},
+            "checkpoint": args.checkpoint, "epoch": run.epoch, **measure(logits, labels, run.class_names),
+        }
+        recorded = run.checkpoint["metrics"][-1]["test_accuracy"]
+        if evaluation["accuracy"] != recorded:
+            print(f"warning: accuracy {evaluation['accuracy']:.4%} is not the {recorded:.4%} measured in training: "
+                  "another device, library version, data set or weights file than then", file=sys.stderr)
+        out.mkdir(parents=True, exist_ok=True)
+        suffix = "" if args.checkpoint == "last" else f"-{args.checkpoint}"
+        write_json(out / f"evaluation{suffix}.json", evaluation)
+        counts = confusion(logits.argmax(1), labels, len(run.class_names))
+        write_text(out / f"confusion{suffix}.csv", as_csv(counts, run.class_names))
+    print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation))
+
+
+def parse(argv):
+    parser = Parser(prog="python -m tools.evaluate", description=__doc__)
+    add_run_arguments(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="where the two files go (default: RUN)")
+    parser.add_argument("--json", action="store_true", help="print evaluation.json in place of the table")
+    return parser.parse_args(argv)
+
+
+def test_logits(run):
+    """Downstream logits (n, T) and labels (n,) of a run's test set, on the CPU.
+
+    Parameters
+    ----------
+    run : tools.finished.FinishedRun
+        Loaded with its test set.
+    """
+    loader = BatchLoader(
+        run.system.task.test, run.system.presets[1], run.settings.batch_size, run.system.device, shuffle=False,
+        seed=run.settings.seed, purpose="test",
+    )
+    labels = []
+
+    def images():
+        for batch in tqdm(loader.epoch(0), "test", len(loader), leave=False, disable=not sys.stderr.isatty()):
+            labels.append(batch.labels.cpu())
+            yield batch.images
+
+    logits = [target.cpu() for _, target in run.logits(images())]
+    return torch.cat(logits), torch.cat(labels)
+
+
+def measure(logits, labels, class_names):
+    """What a test set says about a classifier.
+
+    Parameters
+    ----------
+    logits : Tensor (n, T)
+    labels : Tensor (n,), int64 in [0, T)
+    class_names : list of str
+        T of them.
+
+    Returns
+    -------
+    dict with ``num_samples, accuracy, top5_accuracy`` (of the T highest where there are fewer than 5), ``ece``,
+    ``calibration`` (see `calibration`) and ``classes``: a dict each with ``name, num_samples, accuracy`` (None without
+    a sample) and ``confused_with``, the label it is most often taken for (None without an error). Fractions of 1.
+    """
+    num_target = len(class_names)
+    predicted = logits.argmax(1)
+    counts = confusion(predicted, labels, num_target)
+    top = logits.topk(min(5, num_target), dim=1).indices
+    bins = calibration(logits, labels)
+    return {
+        "num_samples": len(labels),
+        "accuracy": int((predicted == labels).sum()) / len(labels),
+        "top5_accuracy": int((top == labels[:, None]).sum()) / len(labels),
+        "ece": sum(b["num_samples"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["num_samples"])
+        / len(labels),
+        "calibration": bins,
+        "classes": [_class(counts[t], t, class_names) for t in range(num_target)],
+    }
+
+
+def _class(row, t, class_names):
+    total, wrong = int(row.sum()), row.clone()
+    wrong[t] = 0
+    return {
+        "name": class_names[t], "num_samples": total, "accuracy": int(row[t]) / total if total else None,
+        "confused_with": class_names[int(wrong.argmax())] if wrong.any() else None,
+    }
+
+
+def confusion(predicted, labels, num_target):
+    """``counts[t, p]``: samples of true label t predicted as p, (T, T) int64."""
+    return torch.bincount(labels * num_target + predicted, minlength=num_target**2).view(num_target, num_target)
+
+
+def calibration(logits, labels, num_bins=CALIBRATION_BINS):
+    """Confidence against accuracy.
+
+    Bin b holds the samples whose highest softmax probability is in (b / num_bins, (b + 1) / num_bins].
+
+    Returns
+    -------
+    list of dict with ``num_samples``, mean ``confidence`` and ``accuracy``; those are None in an empty bin
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
+    correct = (predicted == labels).double()
+    counts, confidences, hits = (
+        torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, values)
+        for values in (torch.ones_like(correct), confidence, correct)
+    )
+    return [
+        {"num_samples": int(n), "confidence": c / n if n else None, "accuracy": h / n if n else None}
+        for n, c, h in zip(counts.tolist(), confidences.tolist(), hits.tolist(), strict=True)
+    ]
+
+
+def as_csv(counts, class_names):
+    """The confusion matrix with the true labels' names in the first column and the predicted ones' in the first row."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *class_names])
+    writer.writerows([name, *row] for name, row in zip(class_names, counts.tolist(), strict=True))
+    return text.getvalue()
+
+
+def as_table(evaluation):
+    """For people: the measures, then the classes from the best to the worst."""
+    e, classes = evaluation, evaluation["classes"]
+    width = max(len("class"), *(len(c["name"]) for c in classes))
+    lines = [
+        f"{e['dataset']}, {e['backbone']}, {e['reprogramming']}, {e['mapping']}, seed {e['seed']}: {e['num_samples']} "
+        f"test images, after epoch {e['epoch'] + 1} ({e['checkpoint']})",
+        "",
+        f"accuracy                      {e['accuracy']:8.2%}",
+        f"top-5 accuracy                {e['top5_accuracy']:8.2%}",
+        f"calibration error ({CALIBRATION_BINS} bins)   {e['ece']:8.2%}",
+        "",
+        f"{'class':{width}}  images  accuracy  most often taken for",
+    ]
+    for c in sorted(classes, key=lambda c: -1 if c["accuracy"] is None else c["accuracy"], reverse=True):
+        accuracy = "-" if c["accuracy"] is None else f"{c['accuracy']:.2%}"
+        lines.append(f"{c['name']:{width}}  {c['num_samples']:6}  {accuracy:>8}  {c['confused_with'] or '-'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
