@@ -124,6 +124,8 @@ class LabelMapping(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_extra_state(self, state):
+        if not isinstance(state["ready"], bool):
+            raise ValueError(f"got ready={state['ready']!r}, expected a bool")
         self.ready = state["ready"]
         if self.estimated:
             self._statistics.load_state(state["statistics"])
@@ -189,6 +191,13 @@ class OneToOneMapping(LabelMapping):
         one_hot = torch.zeros(self.num_source, self.num_target, device=index.device)
         one_hot[index, torch.arange(self.num_target, device=index.device)] = 1
         return one_hot
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_extra_state(self, state):
+        super().set_extra_state(state)
+        if self._index.min() < 0 or self._index.max() >= self.num_source:  # buffers are loaded before
+            raise ValueError(f"pretrained labels out of the {self.num_source} that there are")
 
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32."""

@@ -231,12 +231,26 @@ class Statistics:
         return {"num_samples": self.num_samples, "extremes": self._extremes, "keys": keys, "values": values}
 
     def load_state(self, state):
-        """Restore what `state` returned."""
+        """Restore what `state` returned.
+
+        Raises
+        ------
+        ValueError
+            Where that is no state of such a table.
+        """
         self.clear()
-        if state is not None:
-            self._place(state["values"].device)
-            self.num_samples, self._extremes = state["num_samples"], state["extremes"].clone()
-            self._table.add(state["keys"], state["values"])
+        if state is None:
+            return
+        keys, values, extremes = state["keys"], state["values"], state["extremes"]
+        self._place(values.device)
+        integers = keys.dtype == extremes.dtype == torch.int64 and isinstance(state["num_samples"], int)
+        fits = integers and values.dtype == self._table.values.dtype and extremes.shape == (3,)
+        fits = fits and keys.ndim == 1 and keys.shape == values.shape and state["num_samples"] > 0
+        if not fits or (len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < self._table.num_cells):
+            self.clear()
+            raise ValueError(f"not the statistics of {self.num_source} pretrained and {self.num_target} labels")
+        self.num_samples, self._extremes = state["num_samples"], extremes.clone()
+        self._table.add(keys, values)
 
     def _predict(self, logits_ns):
         """The values (n, k) that each row of logits keeps, and the pretrained labels they belong to."""

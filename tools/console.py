@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -30,11 +32,18 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def user_errors():
-    """Turn errors that a user can mend into one line on stderr and exit code 2."""
+    """Turn errors that a user can mend into one line on stderr and exit code 2.
+
+    Of several processes the first one speaks; the end of any ends the others, so that another one gets to speak only
+    where process 0 has nothing to say.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
+        if not isinstance(error, distributed.MainProcessFailed):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

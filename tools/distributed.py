@@ -37,14 +37,30 @@ def local_device(device):
     return device
 
 
+class MainProcessFailed(ValueError):
+    """Process 0 could not do what the others waited for; it says why itself."""
+
+
 @contextmanager
 def main_process_first():
-    """Run the block in process 0, then in the others: one of them fills a cache, the others find it filled."""
-    if world_size() > 1 and rank() > 0:
-        dist.barrier()
+    """Run the block in process 0, then in the others: one of them fills a cache, the others find it filled.
+
+    Raises
+    ------
+    MainProcessFailed
+        In the others, where the block failed in process 0.
+    """
+    if rank() == 0:
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            from_main_process(done)
+        return
+    if not from_main_process(None):
+        raise MainProcessFailed("process 0 failed")
     yield
-    if world_size() > 1 and rank() == 0:
-        dist.barrier()
 
 
 def sum_over_processes(*tensors):
@@ -70,3 +86,18 @@ def from_main_process(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_main_process(function):
+    """What ``function()`` returns in process 0, the only one to call it, in every process.
+
+    Raises
+    ------
+    MainProcessFailed
+        In the others, where it failed in process 0.
+    """
+    value = None
+    with main_process_first():
+        if rank() == 0:
+            value = function()
+    return from_main_process(value)

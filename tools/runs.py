@@ -268,10 +268,11 @@ def _is_checkpoint(value):
         json.dumps([lines, value.get("settings")])
     except (TypeError, ValueError, RecursionError):
         return False
-    return (
+    return bool(
         isinstance(value.get("settings"), dict) and isinstance(value.get("mapping"), dict)
         and isinstance(value.get("program"), torch.Tensor) and isinstance(value.get("kind"), str)
-        and all(isinstance(line, dict) and _is_accuracy(line.get("test_accuracy")) for line in lines)
+        and isinstance(value.get("history", []), list)
+        and lines and all(isinstance(line, dict) and _is_accuracy(line.get("test_accuracy")) for line in lines)
         and [line.get("epoch") for line in lines] == list(range(len(lines)))
     )
 

@@ -54,8 +54,9 @@ class Session:
             check_writable(cfg.results_path)
             folder = run_folder(cfg.results_path, cfg.kind, cfg.settings)
             self.run = Run(folder, cfg.kind, cfg.settings, cfg.overwrite)
-            if self.run.result is not None:
-                self.log(f"{folder} is finished: {self.run.result['final_accuracy']:.2%} final accuracy; "
+            result = distributed.by_main_process(lambda: self.run.result)
+            if result is not None:
+                self.log(f"{folder} is finished: {result['final_accuracy']:.2%} final accuracy; "
                          "--overwrite starts anew")
                 sys.exit(0)
             system = self._assemble(cfg, device)
@@ -72,22 +73,21 @@ class Session:
             self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, cfg.precision, cfg.on_nonfinite,
         )
         self._previous_weights, self._history = None, []
-        with user_errors():
-            checkpoint = self.run.open() if self.main else None
-            self._stack.callback(self.run.close)
-        checkpoint = distributed.from_main_process(checkpoint)
+        self._stack.callback(self.run.close)
         self.first_epoch = 0
+        with user_errors():
+            checkpoint = distributed.by_main_process(self.run.open)
+            if checkpoint is not None:
+                self.trainer.load_state_dict(checkpoint)
+            self._tensorboard = _open_tensorboard(folder) if cfg.tensorboard and self.main else None
         if checkpoint is not None:
-            self.trainer.load_state_dict(checkpoint)
             self.run.metrics = checkpoint["metrics"]
             self.first_epoch = len(checkpoint["metrics"])
             self._history = checkpoint.get("history", [])
-            if self.first_epoch:
-                self._previous_weights = self._weights()
+            self._previous_weights = self._weights()
             self.log(f"going on after epoch {self.first_epoch - 1} of {folder}")
         self.log(f"run folder: {folder}; ready after {time.perf_counter() - start:.1f} s")
         self._stack.enter_context(_signals_to(self.trainer))
-        self._tensorboard = _open_tensorboard(folder) if cfg.tensorboard and self.main else None
 
     def log(self, text):
         """Print a line, once whatever the number of processes."""
@@ -151,10 +151,12 @@ class Session:
     def finish(self):
         """Write ``result.json`` and say what came out."""
         result = summarise(self.cfg.settings, self.run.metrics) | self.extra_results
-        if self.main:
-            self.run.finish(result)
         if self.trainer.skipped_steps:
+            result["skipped_steps"] = self.trainer.skipped_steps
             self.log(f"{self.trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
+        if self.main:
+            with _failing_with_code_1():
+                self.run.finish(result)
         self.log(f"final accuracy {result['final_accuracy']:.2%}; best on test {result['best_accuracy']:.2%} "
                  f"after epoch {result['best_epoch'] + 1}")
 
@@ -165,9 +167,11 @@ class Session:
                          "the same command goes on from there")
                 sys.exit(128 + error.signum)
             if isinstance(error, NonFiniteError):
-                kept = f"{len(self.run.metrics)} epochs" if self.run.metrics else "nothing yet"
-                print(f"error: {error}; last good checkpoint: {self.run.folder / 'last.pt'} ({kept}); try a smaller "
-                      "--lr, --precision fp32, or --on-nonfinite skip", file=sys.stderr)
+                count = len(self.run.metrics)
+                kept = f"{self.run.folder / 'last.pt'} ({count} epochs)" if count else "none yet"
+                if self.main:
+                    print(f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, or "
+                          "--on-nonfinite skip", file=sys.stderr)
                 sys.exit(3)
         finally:
             self._stack.close()
@@ -214,9 +218,8 @@ def _signals_to(trainer):
 
 
 def _open_tensorboard(folder):
-    with user_errors():
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from error
     return SummaryWriter(str(folder))

@@ -119,7 +119,10 @@ class Trainer:
         try:
             self.mapping.refresh()
         except FloatingPointError as error:
-            raise NonFiniteError(f"epoch {epoch}, estimating the mapping: {error}") from error
+            if self.on_nonfinite == "stop" or not self.mapping.ready:
+                rate = f"learning rate {self._set_lr(epoch / self.epochs):g}"
+                raise NonFiniteError(f"epoch {epoch}, estimating the mapping, {rate}: {error}") from error
+            self.skipped_steps += 1
 
     def train(self, epoch, observe=False):
         """Train θ for one epoch on the cross-entropy of the mapped logits.
@@ -165,7 +168,10 @@ class Trainer:
         distributed.sum_over_processes(totals)
         loss_sum, correct, seen = totals.tolist()
         assert self.skipped_steps or seen == loader.num_samples, "the training pass lost samples"
-        return {"train_loss": loss_sum / max(seen, 1), "train_accuracy": correct / max(seen, 1), "lr": lr}
+        if not seen or not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            what = "the pattern or the mapping is not finite after the last batch" if seen else "no batch was finite"
+            raise NonFiniteError(f"epoch {epoch}, learning rate {lr:g}: {what}")
+        return {"train_loss": loss_sum / seen, "train_accuracy": correct / seen, "lr": lr}
 
     def evaluate(self, epoch=0):
         """Accuracy on the test set, every sample once whatever the number of processes; a fraction of 1."""
@@ -260,14 +266,44 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Take up what `state_dict` gave."""
-        with torch.no_grad():
-            self.program.copy_(state["program"])
-        self.mapping.load_state_dict(state["mapping"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        self.skipped_steps = state["skipped_steps"]
+        """Take up what `state_dict` gave.
+
+        Raises
+        ------
+        ValueError
+            Where it is of another pattern, mapping or optimiser.
+        """
+        try:
+            program = state["program"]
+            if program.shape != self.program.shape or not program.is_floating_point():
+                raise ValueError(f"a pattern of shape {tuple(program.shape)}, expected {tuple(self.program.shape)}")
+            with torch.no_grad():
+                self.program.copy_(program)
+            self.mapping.load_state_dict(state["mapping"])
+            if not self.mapping.ready:
+                raise ValueError("no mapping yet")
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                _check_optimizer_state(optimizer, saved["state"])
+                own = optimizer.state_dict()["param_groups"]  # these follow from the settings
+                optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+            self.scaler.load_state_dict(state["scaler"])
+            self.skipped_steps = int(state["skipped_steps"])
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint does not belong to this run ({error!s:.200}); --overwrite starts anew"
+                             ) from error
+
+
+def _check_optimizer_state(optimizer, state):
+    names = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if state and state.keys() != set(range(len(parameters))):
+        raise ValueError("an optimiser of other parameters")
+    for index, values in state.items():
+        shapes = {name: () if name == "step" else parameters[index].shape for name in names}
+        if values.keys() != names or any(values[name].shape != shapes[name] for name in names):
+            raise ValueError("an optimiser's state of another form")
+        if not all(values[name].dtype == torch.float32 for name in names):
+            raise ValueError("an optimiser's state of another type")
 
 
 class _NonFiniteWatch:
