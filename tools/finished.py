@@ -111,6 +111,9 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
             "with the same training command"
         )
     state = load_checkpoint(path)
+    missing = sorted(state["settings"].keys() - vars(settings).keys())
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} lacks the setting {missing[0]!r} of {path.name}; restore that file")
     settings.device, device = str(device), torch_device(str(device))
     settings.results_path = _results_path(folder, kind, settings)
     if data_path is not None:
@@ -135,7 +138,8 @@ def _read_config(folder):
             "<results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
         )
     config = read_json(path)
-    if not isinstance(config, dict) or config.get("kind") not in _ASSEMBLE or not isinstance(config["settings"], dict):
+    config = config if isinstance(config, dict) else {}
+    if config.get("kind") not in _ASSEMBLE or not isinstance(config.get("settings"), dict):
         raise ValueError(f"{path} is no config.json of a training run; give the folder that a training script made")
     return config["kind"], SimpleNamespace(**config["settings"])
 
@@ -160,19 +164,22 @@ def _load_state(folder, path, system, state):
     try:
         system.input_vr.load_state_dict({"program": state["program"]})
         system.mapping.load_state_dict(state["mapping"])
-    except RuntimeError as error:  # torch's own message lists the differences over several lines
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not belong to the network of {folder / 'config.json'} ({reason})") from error
+        raise ValueError(
+            f"{path} does not belong to the network of {folder / 'config.json'} and its weights ({reason:.200})"
+        ) from error
 
 
-def add_run_arguments(parser, data=True):
-    """Add what all tools that take up one run share: RUN, ``--checkpoint``, ``--device``, ``--weights``, and
-    ``--data-path`` for those that need the data set."""
+def add_run_arguments(parser, data=True, device=True):
+    """Add what tools that take up one run share: RUN, ``--checkpoint``, ``--weights``; and ``--device`` and
+    ``--data-path``, unless they always run on the CPU or need no data set."""
     parser.add_argument("run", metavar="RUN", help="folder of a training run, with config.json and last.pt")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
                         help="state after the last epoch, or after the best on the test set (default: last)")
-    parser.add_argument("--device", default="auto", metavar="DEVICE",
-                        help="cpu, cuda, cuda:N, or auto: cuda where there is one (default: auto)")
+    if device:
+        parser.add_argument("--device", default="auto", metavar="DEVICE",
+                            help="cpu, cuda, cuda:N, or auto: cuda where there is one (default: auto)")
     parser.add_argument("--weights", metavar="FILE", help="the backbone's weights, where they are elsewhere by now")
     if data:
         parser.add_argument("--data-path", metavar="FOLDER", help="the data sets, where they are elsewhere by now")

@@ -1,0 +1,200 @@
+"""python -m tools.predict results/vm/flowers102/efficientnet_lite0_padding_blm_seed0 photo.jpg more-photos/
+
+Predict the downstream labels of images with a trained run, and say which pretrained labels carried the decision.
+
+A downstream logit is a weighted sum of pretrained logits z, y[t] = Σ_s ω[s,t] z[s]. How far the winning label w stands
+above the average of all T downstream labels is therefore a sum over pretrained labels,
+
+    y[w] − mean_t y[t]  =  Σ_s (ω[s,w] − mean_t ω[s,t]) (z[s] − mean(z))  +  rest,
+
+whose terms are the contributions; those above 0 are shown. ω enters relative to its mean: a pretrained label that speaks
+for all downstream labels alike decides nothing. z enters relative to its mean: adding a constant to all pretrained
+logits changes no decision where the columns of ω have equal sums, as they do in all mappings but the learned one. There
+the rest is 0; for the learned mapping it holds its bias and what unequal columns make of mean(z). A contribution can be
+positive because an active pretrained label weighs more for the winner than on average, or an inactive one less.
+"""
+
+import csv
+import io
+import json
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import BatchLoader, ImageSet
+from data.image_set import Streamed
+from data.sources import IMAGE_SUFFIXES, FileSource
+from tools.console import Parser, one_line_warnings, user_errors
+from tools.finished import add_run_arguments, load_run
+
+BATCH_SIZE, THREADS = 32, 4
+
+
+def main(argv=None):
+    args = parse(argv)
+    with user_errors(), one_line_warnings():
+        if args.top_k < 1:
+            raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
+        files = image_files(args.images)
+        run = load_run(args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint)
+        predictions = predict(run, files, args.top_k)
+    write = {"json": as_json, "csv": as_csv, "table": as_table}[args.format]
+    print(write(predictions), end="")
+
+
+def parse(argv):
+    parser = Parser(prog="python -m tools.predict", description=__doc__)
+    add_run_arguments(parser, data=False)
+    parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+",
+                        help="image files; of a folder, all image files in it and below")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K",
+                        help="downstream labels and pretrained labels to show an image (default: 5)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="format", action="store_const", const="json", default="table",
+                      help="print a JSON list, an object an image")
+    form.add_argument("--csv", dest="format", action="store_const", const="csv",
+                      help="print CSV: in an image's k-th row its k-th label, and the k-th pretrained one behind the first")
+    return parser.parse_args(argv)
+
+
+def image_files(paths):
+    """The image files that are named or lie in named folders, in order.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path is not there, or a folder holds no image file.
+    """
+    files = []
+    for path in map(Path, paths):
+        found = [path]
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
+                           and not f.name.startswith("."))
+            if not found:
+                raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
+        elif not path.exists():
+            raise FileNotFoundError(f"{path}: no such image or folder")
+        files += found
+    return files
+
+
+def predict(run, files, top_k=5):
+    """The most likely downstream labels of image files, and why.
+
+    Parameters
+    ----------
+    run : tools.finished.FinishedRun
+    files : list of Path
+    top_k : int, >= 1
+
+    Returns
+    -------
+    list of dict, one an image, with
+        ``image``: its path;
+        ``predictions``: min(top_k, T) of {label, name, probability}, descending;
+        ``why``: ``margin`` of the first above the mean downstream logit = ``pro`` (sum of the contributions above
+        0) + ``contra`` (of those below) + ``rest``; ``sources``: at most top_k of {label, name, contribution,
+        weight} with a contribution above 0, descending; weight is ω[s, winner].
+
+    Raises
+    ------
+    ValueError
+        A file is no readable image.
+    """
+    preset = run.system.presets[1]
+    source = FileSource("images", Path.cwd(), files, np.zeros(len(files)))
+    images = ImageSet(Streamed(source, preset, THREADS), torch.from_numpy(source.labels), source.names, "image files")
+    loader = BatchLoader(images, preset, BATCH_SIZE, run.system.device, shuffle=False, seed=0, purpose="predict")
+    weights = run.system.mapping.weights
+    centred_weights = weights - weights.mean(1, keepdim=True)
+    predictions = []
+    for source_logits, target_logits in run.logits(batch.images for batch in loader.epoch(0)):
+        for z, y in zip(source_logits, target_logits, strict=True):
+            file = files[len(predictions)]
+            predictions.append({
+                "image": str(file), "predictions": _most_likely(y, run.class_names, top_k),
+                "why": _explain(z, y, weights, centred_weights, run.source_names, top_k),
+            })
+    return predictions
+
+
+def _most_likely(y, names, top_k):
+    probabilities = y.double().softmax(0)
+    top = probabilities.topk(min(top_k, len(y)))
+    return [{"label": t, "name": names[t], "probability": p}
+            for p, t in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+
+
+def _explain(z, y, weights, centred_weights, names, top_k):
+    winner = int(y.argmax())
+    contributions = contributions_to(centred_weights[:, winner], z)
+    margin = float(y[winner].double() - y.double().mean())
+    pro, contra = float(contributions.clamp(min=0).sum()), float(contributions.clamp(max=0).sum())
+    top = contributions.topk(min(top_k, len(z)))
+    return {
+        "margin": margin, "pro": pro, "contra": contra, "rest": margin - pro - contra,
+        "sources": [
+            {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
+            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True) if c > 0
+        ],
+    }
+
+
+def contributions_to(centred_weights, z):
+    """What each pretrained label adds to a downstream label's margin above the mean downstream logit.
+
+    Parameters
+    ----------
+    centred_weights : Tensor (S,)
+        ω[s,w] − mean_t ω[s,t].
+    z : Tensor (S,)
+        Pretrained logits.
+
+    Returns
+    -------
+    Tensor (S,), float64
+    """
+    z = z.double()
+    return centred_weights.double() * (z - z.mean())
+
+
+def as_json(predictions):
+    return json.dumps(predictions, indent=2) + "\n"
+
+
+def as_csv(predictions):
+    """A row for each image and rank, with the header ``image, rank, label, probability, because, contribution``."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "probability", "because", "contribution"])
+    for p in predictions:
+        for rank, (label, source) in enumerate(zip_longest(p["predictions"], p["why"]["sources"], fillvalue={}), 1):
+            writer.writerow([
+                p["image"], rank, label.get("name"), label.get("probability"), source.get("name"),
+                source.get("contribution"),
+            ])
+    return text.getvalue()
+
+
+def as_table(predictions):
+    """For people: what it is, and below it why."""
+    blocks = []
+    for p in predictions:
+        labels, why = p["predictions"], p["why"]
+        width = max(len(row["name"]) for row in [*labels, *why["sources"]])
+        lines = [p["image"], *(f"  {row['name']:{width}}  {row['probability']:7.2%}" for row in labels)]
+        lines.append(f"because of (contribution to the margin of {labels[0]['name']!r}, weight for it)")
+        for row in why["sources"]:
+            lines.append(f"  {row['name']:{width}}  {row['contribution']:+7.3f}  {row['weight']:.4f}")
+        rest = f", {why['rest']:+.3f} no single one's" if abs(why["rest"]) > 5e-4 else ""
+        lines.append(f"margin {why['margin']:+.3f}: all for it {why['pro']:+.3f}, against it {why['contra']:+.3f}{rest}")
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
