@@ -72,7 +72,9 @@ class Config:
 
     device: str = option("auto", "machine", "cpu, cuda, cuda:N, or auto: cuda where there is one", type=str)
     precision: str = option("fp32", "machine", "tf32 and fp16 need a GPU", choices=PRECISIONS)
-    engine: str = option("all", "machine", f"all, plain, or some of {','.join(SWITCHES)}", type=_engine)
+    engine: str = option(
+        ",".join(SWITCHES), "machine", "parts of the fast path, separated by commas; all; or plain: none", type=_engine
+    )
     deterministic: bool = option(False, "machine", "same bits twice on a GPU too (a CPU always gives them)")
 
     results_path: str = option("results", "run", "where run folders and caches go", type=str)
