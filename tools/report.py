@@ -80,7 +80,7 @@ class FinishedRun:
             relevant = self.settings["mapping"] in _ONLY_FOR.get(key, MAPPINGS)
             if relevant and (key not in usual or value != usual[key]):
                 words = key.replace("_", " ")
-                parts.append({True: words, False: f"no {words}"}.get(value, f"{words} {value}"))
+                parts.append(f"{words} {value}" if type(value) is not bool else words if value else f"no {words}")
         return ", ".join(parts)
 
     @property
@@ -361,7 +361,8 @@ def _details(run, name_lists):
         raise FileNotFoundError(f"{path} is gone; the page needs it for pattern and mapping")
     checkpoint = load_checkpoint(path)
     program, classes, sources = (checkpoint.get(key) for key in ("program", "class_names", "source_names"))
-    if not isinstance(program, torch.Tensor) or program.dim() != 3 or len(program) != 3 or not _names(classes):
+    is_pattern = isinstance(program, torch.Tensor) and program.is_floating_point() and program.dim() == 3
+    if not is_pattern or program.shape != (3, program.shape[-1], program.shape[-1]) or not _names(classes):
         raise ValueError(f"{path} holds no pattern (3, C, C) or no class names")
     picture, caption = pattern_picture(run.settings, program)
     return {

@@ -27,7 +27,7 @@ from tools.pictures import pattern_picture
 
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
-    "legend.frameon": False, "savefig.dpi": 300, "savefig.bbox": "tight", "text.parse_math": False,
+    "legend.frameon": False, "savefig.dpi": 300, "text.parse_math": False,
     "image.cmap": "magma_r", "lines.linewidth": 1.2, "lines.markersize": 4,
 }
 # Told apart without colour: dark and light, line style, marker.
@@ -123,21 +123,21 @@ class Drawing:
             image = self._test_images(label, 1)
             if not len(image):
                 continue
-            logits = next(iter(self.run.source_logits([image])))
-            predicted = int(system.mapping(logits).argmax(1))
+            [(_, logits)] = self.run.logits([image])
+            predicted = int(logits.argmax(1))
             with torch.no_grad():
                 seen = (system.input_vr(image.to(system.device)).cpu() * std + mean).clamp(0, 1)[0].permute(1, 2, 0)
             shown.append((seen, label, predicted))
             numbers.append({"label": self.class_names[label], "predicted": self.class_names[predicted]})
-        figure = Figure(figsize=(1.25 * (1 + len(shown)), 1.7))
+        figure = Figure(figsize=(1.25 * (1 + len(shown)), 1.75), layout="constrained")
         axes = figure.subplots(1, 1 + len(shown), squeeze=False)
         axes[0, 0].imshow(picture.numpy())
         axes[0, 0].set_title("pattern")
         for axis, (seen, label, predicted) in zip(axes[0, 1:], shown, strict=True):
             axis.imshow(seen.numpy())
             axis.set_title(_short(self.class_names[label], 20))
-            right = "✓" if label == predicted else "✗ " + _short(self.class_names[predicted], 18)
-            axis.set_xlabel(right)
+            right = "✓" if label == predicted else "✗ " + _short(self.class_names[predicted], 16)
+            axis.set_xlabel(right, fontsize=7)
         for axis in axes[0]:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -146,7 +146,7 @@ class Drawing:
     def labels(self, examples=4):
         """Example images of the chosen labels, and bars for the pretrained labels of most weight."""
         tops = [heaviest(self.weights[:, t], SOURCES_SHOWN) for t in self.chosen]
-        height = max(0.5 + 0.14 * max(map(len, tops)), 1.0)
+        height = max(0.25 + 0.12 * max(map(len, tops)), 1.0)
         figure = Figure(figsize=(7.2, height * len(self.chosen)), layout="constrained")
         axes = figure.subplots(
             len(self.chosen), examples + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * examples + [2.4]}
@@ -166,9 +166,10 @@ class Drawing:
             line[-1].set(xlim=(0, limit * 1.02))
             line[-1].invert_yaxis()
             line[-1].tick_params(axis="y", length=0)
+            line[-1].tick_params(axis="x", labelbottom=label == self.chosen[-1])
         axes[-1, -1].set_xlabel("weight ω")
         return figure, {
-            self.class_names[t]: {self.source_names[s]: w for s, w in top}
+            self.class_names[t]: [{"label": s, "name": self.source_names[s], "weight": w} for s, w in top]
             for t, top in zip(self.chosen, tops, strict=True)
         }
 
@@ -216,7 +217,7 @@ class Drawing:
                 axis.plot(epochs, values, color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i], markevery=every,
                           markerfacecolor="white" if i else None, label=name)
             axis.set(title=title, xlabel="epoch")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * max(axis.get_ylim()[1], 1e-9))
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[1].legend()
         keys = [key for lines in panels.values() for key in lines.values()]
@@ -246,9 +247,10 @@ class Drawing:
             axis.set_ylabel("weight ω")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend(loc="upper left", bbox_to_anchor=(1, 1.05), fontsize=6.5, handlelength=2.6)
-            numbers[self.class_names[label]] = {
-                self.source_names[s]: [None if np.isnan(w) else float(w) for w in lines[s]] for s in shown
-            }
+            numbers[self.class_names[label]] = [
+                {"label": s, "name": self.source_names[s],
+                 "weights": [None if np.isnan(w) else float(w) for w in lines[s]]} for s in shown
+            ]
         for axis in axes.flat[len(self.chosen):]:
             axis.set_axis_off()
         for axis in axes[-1]:
@@ -272,7 +274,7 @@ class Drawing:
             plain = torch.cat([
                 system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks
             ])
-            after = torch.cat([system.mapping(logits).cpu() for logits in self.run.source_logits(chunks)])
+            after = torch.cat([logits.cpu() for _, logits in self.run.logits(chunks)])
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
         numbers = {"labels": [self.class_names[t] for t in labels.tolist()]}
