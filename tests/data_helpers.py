@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import pickle
+from pathlib import Path
 
 import lmdb
 import numpy as np
 from PIL import Image
 
 from data import write_ilmvp
+from data.ilmvp import LmdbSource, read_split
 
 
 def picture(seed, size=(40, 30), format="PNG"):
@@ -51,3 +54,18 @@ def make_class_folders(root, train=None, test=None):
             for i in range(count):
                 (root / split / name / f"{i}.png").write_bytes(picture(hash((split, name)) % 999 + i))
     return root
+
+
+def write_flowers_subset(folder, labels):
+    """Write some labels of the real flowers (``BLM_REAL_DATA``) as labels 0, 1, ...; return their class names."""
+    source = Path(os.environ["BLM_REAL_DATA"]) / "flowers102"
+    names, _ = read_split(source / "split.json")
+    splits = {}
+    for split in ("train", "test"):
+        lmdb_source = LmdbSource(source / f"{split}.lmdb")
+        records = (lmdb_source.record(i) for i in range(len(lmdb_source)))
+        kept = [(encoded, labels.index(label)) for encoded, label in records if label in labels]
+        splits[split] = [(encoded, label, f"{i}.jpg") for i, (encoded, label) in enumerate(kept)]
+    names = [names[label] for label in labels]
+    write_ilmvp(folder, **splits, class_names=names)
+    return names

@@ -1,5 +1,6 @@
 """CLIP as a classifier: agreement with open_clip, the text cache, weights of every form, bad input."""
 
+import json
 import math
 import os
 import pickle
@@ -13,6 +14,7 @@ from data.text import build_prompts
 from models import build_classifier, clip
 from models.clip import TINY_BACKBONE, Clip, embed_texts, load_clip, read_torchscript_state_dict
 from models.torchvision_shim import ensure_torchvision
+from tests.data_helpers import write_flowers_subset
 from tests.meaningful_clip import build_meaningful_clip
 
 ensure_torchvision()
@@ -358,3 +360,30 @@ def test_a_clip_with_meaning_beats_chance_on_real_flowers_without_training(tmp_p
             correct[kind] += (logits.argmax(dim=1) == label).sum().item()
     assert len(rows) == 200
     assert correct["single"] == pytest.approx(23, abs=4) and correct["ensemble"] == pytest.approx(23, abs=4)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(
+    not (os.environ.get("BLM_REAL_DATA") and os.environ.get("BLM_REAL_WEIGHTS")),
+    reason="needs BLM_REAL_DATA (folder holding flowers102) and BLM_REAL_WEIGHTS (tf_efficientnet_lite0.pth)",
+)
+def test_a_clip_with_meaning_learns_real_flowers(tmp_path, monkeypatch):
+    """train_vlm.py itself, but for the model: BLM and BLM+ end above ILM, and above the model as it comes."""
+    import train_vlm
+
+    names = write_flowers_subset(tmp_path / "flowers102", range(10, 30))
+    backbone = build_classifier("efficientnet_lite0", os.environ["BLM_REAL_WEIGHTS"])
+    monkeypatch.setattr("tools.assembly.load_clip", lambda *_: build_meaningful_clip(backbone, names))
+    results = {}
+    for mapping in ("ilm", "blm", "blmpp"):
+        train_vlm.main([
+            "--dataset", "flowers102", "--data-path", str(tmp_path), "--mapping", mapping, "--backbone", "meaningful",
+            "--epochs", "6", "--batch-size", "64", "--results-path", str(tmp_path / "results"),
+        ])  # fmt: skip
+        folder = tmp_path / "results" / "vlm" / "flowers102" / f"meaningful_watermarking_{mapping}_seed0"
+        results[mapping] = json.loads((folder / "result.json").read_text())
+    accuracy = {mapping: result["final_accuracy"] for mapping, result in results.items()}
+    print(accuracy, results["ilm"]["zero_shot"])
+    assert results["ilm"]["zero_shot"]["single"] > 2 / 20
+    assert accuracy["blm"] > accuracy["ilm"] and accuracy["blmpp"] > accuracy["ilm"]
+    assert min(accuracy.values()) > results["ilm"]["zero_shot"]["ensemble"]

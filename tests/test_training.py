@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional
 from cfg import RECIPES, VLMConfig, VMConfig, VMFastConfig, parse
 from mapping import build_mapping
 from models import SWITCHES
+from tests.data_helpers import write_flowers_subset
 from tools.assembly import assemble
 from tools.training import Trainer, learning_rate
 
@@ -134,19 +134,8 @@ def test_clip_border_is_thirty(tmp_path):
 def test_twenty_real_flowers(tmp_path, mapping, expected):
     """Ten epochs on labels 10-29: an independent implementation got 0.640 with BLM+ and 0.405 with ILM."""
     import train_vm
-    from data import write_ilmvp
-    from data.ilmvp import LmdbSource, read_split
 
-    folder = Path(os.environ["BLM_REAL_DATA"]) / "flowers102"
-    names, _ = read_split(folder / "split.json")
-    splits = {}
-    for split in ("train", "test"):
-        lmdb = LmdbSource(folder / f"{split}.lmdb")
-        records = [lmdb.record(i) for i in range(len(lmdb))]
-        kept = [(image, label) for image, label in records if 10 <= label < 30]
-        splits[split] = [(image, label - 10, f"{i}.jpg") for i, (image, label) in enumerate(kept)]
-    assert len(splits["train"]) == 320 and len(splits["test"]) == 200
-    write_ilmvp(tmp_path / "flowers102", **splits, class_names=names[10:30])
+    write_flowers_subset(tmp_path / "flowers102", range(10, 30))
     train_vm.main([
         "--dataset", "flowers102", "--data-path", str(tmp_path), "--mapping", mapping, "--backbone",
         "efficientnet_lite0", "--batch-size", "64", "--epochs", "10", "--results-path", str(tmp_path / "results"),
