@@ -24,6 +24,7 @@ SWITCHES = {
     "fused-ops": "ReLU and residual additions inside the convolutions; the backward pass keeps outputs alone",
 }
 LARGEST_WINDOW = 0.7  # share of a map above which pasting costs more than the border's arithmetic
+REUSED_BLOCK = 28 << 20  # bytes; glibc maps blocks of 32 MiB and more anew every time, a page fault per 4 KiB
 
 
 def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
@@ -77,16 +78,22 @@ class Network(nn.Module):
     ----------
     description : str
         One line for the log: which path runs.
+    batch_size : int or None
+        On CPUs, how many images at a time run fastest: as many as keep each map in memory that the allocator hands
+        out again without asking the system for pages. Make larger batches of several such parts within `accumulate`.
+        None on other devices: as many as fit.
     """
 
     def __init__(self, classifier, input_vr, switches):
         super().__init__()
         self.input_vr, self.switches = input_vr, frozenset(switches)
         self.plain = (classifier,)  # in a tuple: not a submodule, whose weights would be held twice
-        self.core, self._held = None, None
+        self.core, self._held, self.batch_size = None, None, None
         self.description = "plain path"
         if switches:
             self._prepare(classifier)
+        if self.core is not None and self.black.device.type == "cpu":
+            self.batch_size = max(4, min(32, REUSED_BLOCK // (4 * self.core.largest_map())))
 
     def forward(self, images):
         """Logits (n, S), float32.

@@ -29,6 +29,17 @@ class _LayerTracer(fx.Tracer):
         return not isinstance(module, containers) and any(b.__module__.startswith("torch.nn") for b in bases)
 
 
+class _OneInput(nn.Module):
+    """Leaves a network's optional arguments at their defaults, where a tracer would take them for inputs."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return self.net(images)
+
+
 def share_copy(module):
     """A copy of ``module`` with its own structure and the same tensors."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -54,7 +65,7 @@ def trace(classifier, example):
     example : Tensor (1, 3, H, W)
         An input of the size that the graph will be used with.
     """
-    root = share_copy(classifier)
+    root = _OneInput(share_copy(classifier))
     graph = fx.GraphModule(root, _LayerTracer().trace(root))
     _record_shapes(graph, example)
     for node in graph.graph.nodes:

@@ -154,10 +154,13 @@ class WindowedNetwork(nn.Module):
         self.largest_window = largest_window
         self.input = next(node for node in graph.graph.nodes if node.op == "placeholder")
         self.steps = {}
-        stem = next(iter(self.input.users))
-        linear = first_layer and len(self.input.users) == 1 and isinstance(self._layer(stem), FrozenConv2d)
-        self.stem = stem if linear and len(stem.args) == 1 else None
+        stems = [node for node in self.input.users if not _reads_shape(node)]
+        linear = first_layer and len(stems) == 1 and isinstance(self._layer(stems[0]), FrozenConv2d)
+        self.stem = stems[0] if linear and len(stems[0].args) == 1 else None
         self._plan(window)
+        if self.stem is not None and self.steps[self.stem].fetches:  # its strides step over the whole image
+            self.stem = None
+            self._plan(window)
         self._split_stem(scale)
         self._last_uses()
         self.windowed = sum(self._partial(node) for node in self.steps if node.op == "call_module")
@@ -167,13 +170,13 @@ class WindowedNetwork(nn.Module):
         return self.stem is not None
 
     def largest_map(self):
-        """Bytes of the largest map that one sample has of its own, in float32."""
-        areas = (
-            node.meta["shape"][1] * _area(self.steps[node].window)
-            for node in self.steps
-            if self._is_map(node)
-        )
-        return 4 * max(areas, default=1)
+        """Elements of the largest map that a sample has of its own."""
+        sizes = [
+            node.meta["shape"][1] * _area(step.window) for node, step in self.steps.items() if self._is_map(node)
+        ]
+        for step in self.steps.values():
+            sizes += [fetch.source.meta["shape"][1] * _area(fetch.patch) for fetch in step.fetches.values()]
+        return max(sizes)
 
     def _plan(self, window):
         for node in self.graph.graph.nodes:
@@ -183,7 +186,7 @@ class WindowedNetwork(nn.Module):
                 continue
             if self._is_map(node):
                 step.window = self._whole(node)
-            if not any(self._partial(source) for source in node.all_input_nodes):
+            if _reads_shape(node) or not any(self._partial(source) for source in node.all_input_nodes):
                 continue
             planned = self._plan_windows(node, step)
             if not planned:
@@ -346,6 +349,9 @@ class WindowedNetwork(nn.Module):
                 (top, bottom), (left, right) = self.image_margins
                 own = self.image_conv(F.pad(images, (left, right, top, bottom)))
                 values[node] = _AddShared.apply(own, shared[node], self.stem_activation)
+            elif _reads_shape(node):
+                whole = images.new_empty(()).expand(len(images), *node.args[0].meta["shape"][1:])
+                values[node] = self._call(node, {node.args[0]: whole}.__getitem__)
             elif node.op != "placeholder":
                 for fetch in step.fetches.values():
                     if fetch not in values:
@@ -413,6 +419,7 @@ class SplitStem(nn.Module):
         def note(module, args, output):
             if args[0] is canvas:
                 calls.append(module)
+                self.stem_size = output[0].numel()
 
         convolutions = {m: name for name, m in self.net.named_modules() if isinstance(m, nn.Conv2d)}
         hooks = [module.register_forward_hook(note) for module in convolutions]
@@ -422,6 +429,9 @@ class SplitStem(nn.Module):
             hook.remove()
         layer = freeze(calls[0], canvas.shape[2:]) if len(calls) == 1 else None
         return None if layer is None else (convolutions[calls[0]], layer)
+
+    def largest_map(self):
+        return self.stem_size
 
     def shared(self, canvas):
         return {"stem": self.stem.layer(canvas)}
@@ -470,6 +480,13 @@ class _AddShared(torch.autograd.Function):
     def backward(ctx, g):
         g = activation_gradient(g, ctx.saved_tensors[0] if ctx.saved_tensors else None, ctx.activation)
         return None, g.sum(0, keepdim=True), None
+
+
+def _reads_shape(node):
+    """Whether a node asks a map for no more than its shape, which is that of the whole map, window or not."""
+    if node.op == "call_function" and node.target is getattr:
+        return "shape" in node.args[0].meta and node.args[1] in ("shape", "ndim")
+    return node.op == "call_method" and node.target in ("size", "dim") and "shape" in node.args[0].meta
 
 
 def _paste(windows, fetch, shared):
