@@ -7,11 +7,12 @@ above the average of all T downstream labels is therefore a sum over pretrained 
 
     y[w] − mean_t y[t]  =  Σ_s (ω[s,w] − mean_t ω[s,t]) (z[s] − mean(z))  +  rest,
 
-whose terms are the contributions; those above 0 are shown. ω enters relative to its mean: a pretrained label that speaks
-for all downstream labels alike decides nothing. z enters relative to its mean: adding a constant to all pretrained
-logits changes no decision where the columns of ω have equal sums, as they do in all mappings but the learned one. There
-the rest is 0; for the learned mapping it holds its bias and what unequal columns make of mean(z). A contribution can be
-positive because an active pretrained label weighs more for the winner than on average, or an inactive one less.
+whose terms are the contributions; those above 0 are shown. ω enters relative to its mean: a pretrained label that
+speaks for all downstream labels alike decides nothing. z enters relative to its mean: adding a constant to all
+pretrained logits changes no decision where the columns of ω have equal sums, as they do in all mappings but the learned
+one. There the rest is 0; for the learned mapping it holds its bias and what unequal columns make of mean(z). A
+contribution can be positive because an active pretrained label weighs more for the winner than on average, or an
+inactive one less.
 """
 
 import csv
@@ -56,7 +57,7 @@ def parse(argv):
     form.add_argument("--json", dest="format", action="store_const", const="json", default="table",
                       help="print a JSON list, an object an image")
     form.add_argument("--csv", dest="format", action="store_const", const="csv",
-                      help="print CSV: in an image's k-th row its k-th label, and the k-th pretrained one behind the first")
+                      help="print CSV: a row for the k-th label and the k-th pretrained one behind the first")
     return parser.parse_args(argv)
 
 
@@ -191,7 +192,7 @@ def as_table(predictions):
         for row in why["sources"]:
             lines.append(f"  {row['name']:{width}}  {row['contribution']:+7.3f}  {row['weight']:.4f}")
         rest = f", {why['rest']:+.3f} no single one's" if abs(why["rest"]) > 5e-4 else ""
-        lines.append(f"margin {why['margin']:+.3f}: all for it {why['pro']:+.3f}, against it {why['contra']:+.3f}{rest}")
+        lines.append(f"margin {why['margin']:+.3f}: for it {why['pro']:+.3f}, against {why['contra']:+.3f}{rest}")
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 
