@@ -289,8 +289,10 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.skipped_steps = int(state["skipped_steps"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"the checkpoint does not belong to this run ({error!s:.200}); --overwrite starts anew"
-                             ) from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the checkpoint does not belong to this run ({reason}); --overwrite starts anew"
+            ) from error
 
 
 def _check_optimizer_state(optimizer, state):
