@@ -173,6 +173,11 @@ class Session:
                     print(f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, or "
                           "--on-nonfinite skip", file=sys.stderr)
                 sys.exit(3)
+            if isinstance(error, torch.OutOfMemoryError):
+                print(f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
+                      f"smaller --backbone or --canvas-size, or --precision bf16 ({' '.join(str(error).split()):.200})",
+                      file=sys.stderr)
+                sys.exit(1)
         finally:
             self._stack.close()
 

@@ -110,7 +110,7 @@ class Trainer:
         """Estimate ω from one pass over the training set with the present θ."""
         with self._timed("estimate"), torch.inference_mode(), self.network.accumulate():
             for batch in self._batches("estimate", epoch):
-                self.mapping.observe(self._logits(batch.images), batch.labels)
+                self.mapping.observe(self._logits_that_fit(batch.images), batch.labels)
             self.refresh(epoch)
 
     def refresh(self, epoch):
@@ -178,7 +178,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
         with self._timed("test"), torch.inference_mode(), self.network.accumulate():
             for batch in self._batches("test", epoch):
-                predicted = self.mapping(self._logits(batch.images)).argmax(1)
+                predicted = self.mapping(self._logits_that_fit(batch.images)).argmax(1)
                 totals += torch.stack([(predicted == batch.labels).sum().double(), _count(batch, totals)])
         distributed.sum_over_processes(totals)
         correct, seen = totals.tolist()
@@ -203,20 +203,28 @@ class Trainer:
             return images.new_zeros(0, self.mapping.num_source)
         return pretrained_logits(self.network, images, self.precision, self.chunk_size)
 
+    def _logits_that_fit(self, images):
+        return self._within_memory(len(images), lambda: self._logits(images))
+
     def _forward_backward(self, batch):
         """Accumulate the gradient of the global batch's mean loss, a chunk at a time."""
+        return self._within_memory(len(batch.labels), lambda: self._accumulate(batch))
+
+    def _within_memory(self, count, function):
+        """The value of ``function()``; where memory does not suffice, in chunks half as large."""
         while True:
             try:
-                return self._accumulate(batch)
+                return function()
             except torch.OutOfMemoryError:
                 if self.chunk_size == 1:
                     raise
-                self.chunk_size = max(1, min(self.chunk_size, len(batch.labels)) // 2)
-                print(f"out of memory: going on in chunks of {self.chunk_size} images (same result)")
-                for parameter in self.parameters:
-                    parameter.grad = None
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            # out of the except clause, whose traceback holds on to the graph
+            self.chunk_size = max(1, min(self.chunk_size, count) // 2)
+            print(f"out of memory: going on in chunks of {self.chunk_size} images (same result)", flush=True)
+            for parameter in self.parameters:
+                parameter.grad = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _accumulate(self, batch):
         loss_sum = torch.zeros((), device=self.device)
