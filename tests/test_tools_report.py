@@ -1,6 +1,7 @@
 """tools.report through its command line: averages, grouping, tables, hostile names, and the page in a real browser."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,27 @@ def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
     vm = data["runs"][data["groups"][0]["runs"][0]]["mapping"]
     assert [pairs[0][1] for pairs in vm] == pytest.approx(weights.max(0).values.tolist(), rel=1e-4)
     assert all(weights[s, t] == pytest.approx(w, rel=1e-4) for t, pairs in enumerate(vm) for s, w in pairs)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="needs BLM_REAL_DATA, a folder with flowers102")
+@pytest.mark.filterwarnings("ignore:flowers102 has")
+def test_daisies_draw_on_daisy(capsys, tmp_path):
+    import train_vm
+
+    train_vm.main([
+        "--dataset", "flowers102", "--data-path", os.environ["BLM_REAL_DATA"], "--backbone", "efficientnet_lite0",
+        "--epochs", "1", "--batch-size", "64", "--train-fraction", "0.5", "--results-path", str(tmp_path),
+    ])
+    run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    data = page_data(tmp_path / "page.html")
+    (details,) = data["runs"]
+    classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
+    drawn_on = {
+        name: [sources[s] for s, _ in pairs] for name, pairs in zip(classes, details["mapping"], strict=True)
+    }
+    assert drawn_on["oxeye daisy"][0] == "daisy" and "daisy" in drawn_on["barbeton daisy"]
+    assert {"sea urchin", "cardoon", "porcupine"} & set(drawn_on["globe thistle"])
 
 
 # ---- in a browser ----

@@ -22,11 +22,18 @@ FIGURES = ("pattern", "labels", "mapping", "curves", "evolution", "outputs")
 
 @pytest.fixture(scope="module", params=["vm_run", "vlm_run"])
 def drawn(request, tmp_path_factory):
+    """Of the vision model with the labels that are shown unasked, of the CLIP with two that are asked for."""
     run, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("figures")
-    before = sorted(path.name for path in run.iterdir())
-    visualize.main([str(run), "--out", str(out), "--device", "cpu"])
+    checkpoint, before = load_checkpoint(run / "last.pt"), sorted(path.name for path in run.iterdir())
+    names = checkpoint["class_names"]
+    chosen = [names[5], names[3]] if request.param == "vlm_run" else [names[t] for t in (0, 2, 3, 4, 6, 7)]
+    flags = [f"--label={name}" for name in [*chosen, chosen[0]]] if request.param == "vlm_run" else []
+    visualize.main([str(run), "--out", str(out), "--device", "cpu", *flags])
     assert sorted(path.name for path in run.iterdir()) == before
-    return run, load_checkpoint(run / "last.pt"), out, json.loads((out / "figures.json").read_text())
+    numbers = json.loads((out / "figures.json").read_text())
+    assert list(numbers["labels"]) == list(numbers["evolution"]["weights"]) == chosen
+    assert [entry["label"] for entry in numbers["pattern"]["images"]] == chosen
+    return run, checkpoint, out, numbers
 
 
 def test_every_figure_is_a_pdf_and_a_picture_with_ink(drawn):
@@ -37,12 +44,11 @@ def test_every_figure_is_a_pdf_and_a_picture_with_ink(drawn):
     for name in FIGURES:
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         grey = np.asarray(Image.open(out / f"{name}.png").convert("L"))
-        assert grey.shape[1] > 1200 and grey.min() < 60 and np.median(grey) > 100
+        assert grey.shape[1] > 1000 and grey.min() < 60 and np.median(grey) > 100
 
 
 def test_labels_show_the_heaviest_entries_of_their_columns(drawn):
     _, checkpoint, _, numbers = drawn
-    assert len(numbers["labels"]) == 6
     for name, shown in numbers["labels"].items():
         column = checkpoint["mapping"]["_weights"][:, checkpoint["class_names"].index(name)]
         weights = [entry["weight"] for entry in shown]
@@ -63,8 +69,9 @@ def test_evolution_starts_at_the_first_epoch_and_ends_at_the_mapping(drawn):
         assert torch.equal(history[2]["weights"][label], column.sort(descending=True).values[:10])
         for epoch, entry in enumerate(history):
             kept = dict(zip(entry["labels"][label].tolist(), entry["weights"][label].tolist(), strict=True))
+            rest = 0 if 0 in kept.values() else None  # only then is it known what the others weigh
             for line in lines:
-                assert line["weights"][epoch] == (kept.get(line["label"]) or None)
+                assert line["weights"][epoch] == kept.get(line["label"], rest)
         ever = max(float(entry["weights"][label].max()) for entry in history)
         assert max(w for w in lines[0]["weights"] if w is not None) == ever
 
@@ -81,21 +88,12 @@ def test_outputs_separate_classes_and_predictions_are_those_of_the_run(drawn):
     outputs = numbers["outputs"]
     assert len(outputs["before"]["places"]) == len(outputs["after"]["places"]) == len(outputs["labels"]) == 32
     assert all(0 <= outputs[key]["same_class_neighbours"] <= 1 for key in ("before", "after"))
-    assert len(numbers["pattern"]["images"]) == 6
     assert {entry["predicted"] for entry in numbers["pattern"]["images"]} <= set(checkpoint["class_names"])
 
 
 def test_heat_map_has_every_downstream_label_once(drawn):
     _, checkpoint, _, numbers = drawn
     assert sorted(numbers["mapping"]["columns"]) == sorted(checkpoint["class_names"])
-
-
-def test_chosen_labels(vm_run, tmp_path, capsys):
-    name = load_checkpoint(vm_run / "last.pt")["class_names"][3]
-    visualize.main([str(vm_run), "--label", name, "--label", name, "--out", str(tmp_path)])
-    numbers = json.loads((tmp_path / "figures.json").read_text())
-    assert list(numbers["labels"]) == list(numbers["evolution"]["weights"]) == [name]
-    assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path / 'pattern'}.pdf, .png"
 
 
 def test_bad_input(vm_run, tmp_path, capsys):
@@ -128,6 +126,8 @@ def test_block_order_undoes_a_shuffle():
     assert (rows[kept] // 2).tolist() == (columns[order] // 2).tolist(), "rows follow their columns"
     kept, order = block_order(np.array([[0.1, 0.0], [0.9, 0.2], [0.0, 0.8]]), rows=2)
     assert kept.tolist() == [1, 2] and order.tolist() == [0, 1]
+    kept, _ = block_order(np.array([[0.1, 0.0], [0.0, 0.0], [0.0, 0.8]]), rows=3)
+    assert kept.tolist() == [0, 2], "rows without weight show nothing"
     kept, order = block_order(np.full((4, 3), 0.25), rows=4)  # uniform columns have no order to find
     assert sorted(kept) == [0, 1, 2, 3] and sorted(order) == [0, 1, 2]
 
@@ -135,7 +135,8 @@ def test_block_order_undoes_a_shuffle():
 def test_neighbours_and_spread():
     outputs = torch.tensor([[0.0], [1.0], [5.0], [5.5], [5.7]])
     assert same_class_neighbours(outputs, torch.tensor([0, 0, 1, 1, 0])) == pytest.approx(3 / 5)
-    assert spread(6, 4) == [0, 1, 2, 3] and spread(2, 100) == [24, 74] and len(set(spread(6, 7))) == 6
+    assert spread(6, 8) == [0, 2, 3, 4, 6, 7]
+    assert spread(6, 4) == [0, 1, 2, 3] and spread(2, 100) == [25, 75]
 
 
 def test_pattern_picture():

@@ -40,7 +40,7 @@ SOURCES_SHOWN, ROWS_SHOWN = 8, 120
 
 def spread(count, total):
     """``count`` numbers spread evenly over ``range(total)``; all of them where there are no more."""
-    return list(range(total)) if count >= total else [round((i + 0.5) * total / count - 0.5) for i in range(count)]
+    return list(range(total)) if count >= total else [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def find_labels(names, class_names):
@@ -74,7 +74,7 @@ def block_order(weights, rows):
     ----------
     weights : array (S, T), 0 or more
     rows : int
-        At most so many rows are kept: those of the largest weight.
+        At most so many rows are kept: those of the largest weight, which must be above 0.
 
     Returns
     -------
@@ -82,7 +82,8 @@ def block_order(weights, rows):
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    kept = np.sort(np.argsort(-weights.max(1), kind="stable")[:rows])
+    largest = weights.max(1)
+    kept = np.sort(np.argsort(-largest, kind="stable")[: min(rows, max(1, np.count_nonzero(largest)))])
     table = weights[kept]
     columns = np.arange(table.shape[1])
     if len(columns) > 2:
@@ -163,8 +164,7 @@ class Drawing:
             names = [_short(self.source_names[s], 40) for s, _ in top]
             line[-1].barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", linewidth=0.4)
             line[-1].set_yticks(range(len(top)), names, fontsize=6.5)
-            line[-1].set(xlim=(0, limit * 1.02))
-            line[-1].invert_yaxis()
+            line[-1].set(xlim=(0, limit * 1.02), ylim=(max(map(len, tops)) - 0.4, -0.6))
             line[-1].tick_params(axis="y", length=0)
             line[-1].tick_params(axis="x", labelbottom=label == self.chosen[-1])
         axes[-1, -1].set_xlabel("weight ω")
@@ -177,7 +177,7 @@ class Drawing:
         """ω, or |ω| of a learned mapping, as a heat map of its heaviest rows."""
         signed = bool((self.weights < 0).any())
         weights = self.weights.abs().numpy()
-        rows, columns = block_order(weights, ROWS_SHOWN)
+        rows, columns = block_order(weights, min(max(20, 3 * weights.shape[1]), ROWS_SHOWN))
         table = weights[np.ix_(rows, columns)]
         height = min(max(0.075 * len(rows), 2.5), 9)
         figure = Figure(figsize=(7.2, height + 1), layout="constrained")
@@ -233,15 +233,16 @@ class Drawing:
         axes = figure.subplots(down, across, squeeze=False, sharex=True)
         every, numbers = max(1, len(epochs) // 10), {}
         for axis, label in zip(axes.flat, self.chosen, strict=False):
-            lines = {}  # pretrained label -> its weight after each epoch, NaN where it was not among the ten heaviest
-            for i, entry in enumerate(history):
-                for s, w in zip(entry["labels"][label].tolist(), entry["weights"][label].tolist(), strict=True):
-                    if w > 0:
-                        lines.setdefault(s, np.full(len(history), np.nan))[i] = w
-            shown = sorted(lines, key=lambda s: -np.nanmax(lines[s]))[:sources]
+            # What is not among an epoch's kept labels weighs 0 where one of these does, and little elsewhere: a gap.
+            entries = [dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
+                       for entry in history]
+            rest = [0.0 if len(entry) == 1 or min(entry.values()) == 0 else np.nan for entry in entries]
+            ever = {s for entry in entries for s, w in entry.items() if w > 0}
+            lines = {s: np.array([entry.get(s, r) for entry, r in zip(entries, rest, strict=True)]) for s in ever}
+            shown = sorted(lines, key=lambda s: (-np.nanmax(lines[s]), s))[:sources]
             for i, s in enumerate(shown):
                 axis.plot(epochs, lines[s], color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i], markevery=every,
-                          markerfacecolor="white" if i % 2 else None, label=_short(self.source_names[s], 26))
+                          markerfacecolor="white" if i % 2 else None, label=_short(self.source_names[s], 30))
             axis.set_title(_short(self.class_names[label], 60), fontweight="bold")
             axis.set_ylim(bottom=0)
             axis.set_ylabel("weight ω")
@@ -296,7 +297,8 @@ class Drawing:
 
 def _short(name, length):
     name = " ".join(name.split())
-    return name if len(name) <= length else name[: length - 1] + "…"
+    tail = length // 2  # prompts differ in their ends, too
+    return name if len(name) <= length else f"{name[: length - 1 - tail].rstrip()}…{name[-tail:].lstrip()}"
 
 
 def draw(run, chosen, folder):
