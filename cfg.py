@@ -66,7 +66,7 @@ class Config:
     lr: float = option(0.01, "training", "learning rate of θ", type=float)
     seed: int = option(0, "training", "seed of every draw", type=int)
     on_nonfinite: str = option(
-        "stop", "training", "a loss or gradient that is not finite: stop with exit code 3, or skip the step",
+        "stop", "training", "at a loss, gradient or ω not finite: stop (exit code 3), or skip the step and count it",
         choices=("stop", "skip"),
     )
 

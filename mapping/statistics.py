@@ -246,7 +246,8 @@ class Statistics:
         integers = keys.dtype == extremes.dtype == torch.int64 and isinstance(state["num_samples"], int)
         fits = integers and values.dtype == self._table.values.dtype and extremes.shape == (3,)
         fits = fits and keys.ndim == 1 and keys.shape == values.shape and state["num_samples"] > 0
-        if not fits or (len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < self._table.num_cells):
+        fits = fits and (not len(keys) or 0 <= int(keys.min()) <= int(keys.max()) < self._table.num_cells)
+        if not fits or int(extremes[0]) not in (0, 1) or not 0 <= -extremes[1] <= extremes[2] < self.num_target:
             self.clear()
             raise ValueError(f"not the statistics of {self.num_source} pretrained and {self.num_target} labels")
         self.num_samples, self._extremes = state["num_samples"], extremes.clone()

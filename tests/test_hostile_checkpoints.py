@@ -18,7 +18,7 @@ from mapping import build_mapping
 from models.checkpoint_file import read_checkpoint
 from models.classifiers import read_state_dict
 from tools.runs import Run, load_checkpoint
-from tools.training import Trainer
+from tools.training import NonFiniteError, Trainer
 
 S, T, SIDE = 6, 4, 5
 SETTINGS = {"dataset": "digits", "backbone": "resnet18", "reprogramming": "padding", "mapping": "blm", "seed": 0,
@@ -74,7 +74,7 @@ def take_up(folder, name="blmpp"):
             optimizer.step()
         if made.mapping.estimated:
             made.mapping.observe(torch.zeros(4, S), torch.arange(4))
-            made.mapping.refresh()
+            made.refresh(2)
         made.mapping(torch.zeros(2, S))
         return f"{len(run.metrics)} epochs" + (", finished" if result else "")
     finally:
@@ -135,7 +135,7 @@ def fuzz(folder, count, seed):
         start = time.monotonic()
         try:
             outcome = take_up(folder)
-        except ValueError as error:
+        except (ValueError, NonFiniteError) as error:
             assert "\n" not in str(error)
             outcome = "our error"
         except Exception as error:
@@ -327,6 +327,8 @@ def wrong_moment(key, value):
     ("linear", wrong_mapping("matrix", torch.zeros(S, T + 1))),
     ("blm", wrong_statistics("keys", torch.full((3,), S * T))),
     ("blm", wrong_statistics("extremes", torch.zeros(2, dtype=torch.int64))),
+    ("blm", wrong_statistics("extremes", torch.tensor([0, 0, T]))),
+    ("blm", wrong_statistics("extremes", torch.tensor([0, 1, 2]))),
     ("blm", wrong_statistics("values", torch.zeros(3))),
     ("blm", wrong_statistics("num_samples", 0)),
     ("blm", wrong_moment("exp_avg", torch.zeros(()))),

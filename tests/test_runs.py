@@ -171,3 +171,30 @@ def test_paths_that_cannot_be_written(tmp_path):
     if Path("/proc/version").exists():
         with pytest.raises(OSError, match="choose another --results-path"):
             check_writable("/proc/version/results")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_that_is_full(tmp_path):
+    """A file system of 1 MiB and checkpoints of 0.3: the third does not fit, and all that was saved stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    try:
+        run, _ = opened(disk / "run")
+        for epoch in range(2):
+            run.save_epoch(line(epoch, 0.1), state(epoch) | {"mapping": {"weights": torch.full((75_000,), 1.0)}})
+        room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "another").write_bytes(bytes(room - 100_000))
+        for _ in range(3):
+            with pytest.raises(OSError, match=r"needs about 1 MiB and 0 MiB are free; the checkpoint before it is unt"):
+                run.save_epoch(line(2, 0.2), state(2) | {"mapping": {"weights": torch.full((75_000,), 2.0)}})
+        run.close()
+        run, checkpoint = opened(disk / "run")
+        assert [m["epoch"] for m in checkpoint["metrics"]] == [0, 1] and float(checkpoint["program"].max()) == 1
+        (disk / "another").unlink()
+        run.save_epoch(line(2, 0.2), state(2) | {"mapping": {"weights": torch.full((75_000,), 2.0)}})
+        run.close()
+        assert len(load_checkpoint(disk / "run" / "last.pt")["metrics"]) == 3
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -203,8 +203,8 @@ class Run:
             Tensors and plain values that `open` gives back after a restart.
         """
         best_before = max((line["test_accuracy"] for line in self.metrics), default=-math.inf)
-        self.metrics.append(metrics)
-        checkpoint = {"kind": self.kind, "settings": self.settings, "metrics": self.metrics, **state}
+        lines = [*self.metrics, metrics]
+        checkpoint = {"kind": self.kind, "settings": self.settings, "metrics": lines, **state}
         temporary = self.folder / ".last.pt.tmp"
         _save_durably(checkpoint, temporary)
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
@@ -213,6 +213,7 @@ class Run:
         if last.exists():
             _link_over(last, previous)
         os.replace(temporary, last)
+        self.metrics = lines
         _sync_folder(self.folder)
         self._write_metrics()
 
