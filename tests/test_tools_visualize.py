@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+import train_vm
+from tests.conftest import BACKBONES, SHARED
 from tools import visualize
 from tools.pictures import pattern_picture
 from tools.runs import load_checkpoint
@@ -74,6 +76,19 @@ def test_evolution_starts_at_the_first_epoch_and_ends_at_the_mapping(drawn):
                 assert line["weights"][epoch] == kept.get(line["label"], rest)
         ever = max(float(entry["weights"][label].max()) for entry in history)
         assert max(w for w in lines[0]["weights"] if w is not None) == ever
+
+
+def test_history_goes_on_where_a_run_was_cut_off(vm_run, tmp_path):
+    straight = load_checkpoint(vm_run / "last.pt")
+    folder = tmp_path.joinpath(*vm_run.parts[-3:])
+    folder.mkdir(parents=True)
+    shutil.copy(vm_run / "config.json", folder)
+    shutil.copy(vm_run / "previous.pt", folder / "last.pt")
+    train_vm.main([*SHARED, *BACKBONES["train_vm"], "--mapping", "blm", "--results-path", str(tmp_path)])
+    resumed = load_checkpoint(folder / "last.pt")
+    assert [entry["epoch"] for entry in resumed["history"]] == [0, 1, 2]
+    for one, other in zip(straight["history"], resumed["history"], strict=True):
+        assert torch.equal(one["labels"], other["labels"]) and torch.equal(one["weights"], other["weights"])
 
 
 def test_curves_are_the_metrics(drawn):
