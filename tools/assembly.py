@@ -3,6 +3,7 @@
 Training starts here, and so does every tool that takes a finished run up again.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class System:
     mapping: LabelMapping
     presets: tuple  # of training and test images
     device: torch.device
+    waited: dict  # what was waited for while building, to seconds
     zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
     def loaders(self, batch_size, seed):
@@ -84,21 +86,27 @@ def assemble(settings, device, splits=SPLITS, class_names=None):
     ValueError, FileNotFoundError, OSError
         For what the user can mend, each in one line. Nothing is written before backbone and input VR are in order.
     """
+    waited = _Laps()
     classifier = build_classifier(settings.backbone, settings.weights, settings.seed, settings.canvas_size)
+    waited.lap("backbone")
     size = settings.canvas_size or classifier.input_size
     if settings.reprogramming == "padding":
         input_vr, presets = _padding(settings, classifier, size)
     else:
         input_vr = WatermarkingVR(size, (size + 1) // 2, classifier.mean, classifier.std)
         presets = watermarking_train_preset(size), watermarking_test_preset(size)
-    return _join(settings, device, classifier, input_vr, presets, _load(settings, presets, splits, class_names))
+    task = _load(settings, presets, splits, class_names)
+    waited.lap("data")
+    return _join(settings, device, classifier, input_vr, presets, task, waited)
 
 
 def assemble_clip(settings, device, splits=SPLITS, class_names=None):
     """Build the parts of a run of a vision-language model; as `assemble`."""
     cache_path = Path(settings.results_path) / "cache"
     templates = None if settings.templates is None else read_templates(settings.templates)
+    waited = _Laps()
     clip = load_clip(settings.backbone, settings.weights, settings.seed)
+    waited.lap("backbone")
     size = clip.input_size
     if settings.canvas_size not in (None, size):
         raise ValueError(f"{settings.backbone} takes images of {size}x{size}, got --canvas-size {settings.canvas_size}")
@@ -108,9 +116,11 @@ def assemble_clip(settings, device, splits=SPLITS, class_names=None):
     else:
         input_vr, presets = WatermarkingVR(size, CLIP_BORDER, clip.mean, clip.std), (own, own)
     task = _load(settings, presets, splits, class_names)
+    waited.lap("data")
     with distributed.main_process_first():
         classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
-    system = _join(settings, device, classifier, input_vr, presets, task)
+    waited.lap("texts")
+    system = _join(settings, device, classifier, input_vr, presets, task, waited)
     if task.test is not None:
         unchanged = task.test if presets[1] == own else _load(settings, (None, own), ("test",)).test
         system.zero_shot = unchanged, own
@@ -147,7 +157,7 @@ def _difference(task, class_names):
     return f"{now!r} instead of {then!r}"
 
 
-def _join(settings, device, classifier, input_vr, presets, task):
+def _join(settings, device, classifier, input_vr, presets, task, waited):
     """Build mapping and network around the given parts and put everything on ``device``."""
     mapping = build_mapping(
         settings.mapping, classifier.num_source, task.num_target, laplace=settings.laplace,
@@ -157,4 +167,17 @@ def _join(settings, device, classifier, input_vr, presets, task):
     classifier, input_vr = classifier.to(device), input_vr.to(device)
     switches = [] if settings.engine == "plain" else settings.engine.split(",")
     network = build_network(classifier, input_vr, switches=switches)
-    return System(task, classifier, input_vr, network, mapping, presets, device)
+    waited.lap("network")
+    return System(task, classifier, input_vr, network, mapping, presets, device, waited)
+
+
+class _Laps(dict):
+    """Seconds since the lap before, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self._last = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self[name], self._last = now - self._last, now

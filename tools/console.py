@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,15 @@ def one_line_warnings():
         yield
     finally:
         warnings.showwarning = earlier
+
+
+def process_age():
+    """Seconds since this process began, imports included; None where the system does not tell (Linux does)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return None
 
 
 def torch_device(name):

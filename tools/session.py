@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from tools import distributed
-from tools.console import one_line_warnings, user_errors
+from tools.console import one_line_warnings, process_age, user_errors
 from tools.runs import Run, check_writable, run_folder, summarise
 from tools.training import Interrupted, NonFiniteError, Trainer, set_up_arithmetic
 
@@ -86,7 +86,11 @@ class Session:
             self._history = checkpoint.get("history", [])
             self._previous_weights = self._weights()
             self.log(f"going on after epoch {self.first_epoch - 1} of {folder}")
-        self.log(f"run folder: {folder}; ready after {time.perf_counter() - start:.1f} s")
+        age = process_age()
+        waited = {} if age is None else {"imports": age - (time.perf_counter() - start)}
+        waited |= system.waited
+        self.log(f"run folder: {folder}; ready after {age or time.perf_counter() - start:.1f} s ("
+                 + ", ".join(f"{what} {seconds:.1f}" for what, seconds in waited.items()) + ")")
         self._stack.enter_context(_signals_to(self.trainer))
 
     def log(self, text):
