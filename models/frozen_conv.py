@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import winograd
+
 _FUSED_ACTIVATIONS = {None: ("none", []), "relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0])}
 NO_PADDING = ((0, 0), (0, 0))
 
@@ -77,7 +79,7 @@ class FrozenConv2d(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.activation = None
-        self.fused = False
+        self.fused = self.winograd = False
         self._prepared = {}  # packed or cast weights, made when first needed
 
     @property
@@ -101,8 +103,7 @@ class FrozenConv2d(nn.Module):
         self._prepared.clear()
 
     def forward(self, x, other=None, padding=None):
-        """Convolve ``x``; ``padding`` replaces the layer's own (for a patch that already holds its
-        surroundings)."""
+        """Convolve ``x``; ``padding`` replaces the layer's own, for a patch that already holds its surroundings."""
         (top, bottom), (left, right) = self.padding if padding is None else padding
         if top != bottom or left != right:
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
@@ -116,85 +117,80 @@ class FrozenConv2d(nn.Module):
     def compute(self, x, other, padding):
         """The value alone, through the fused kernel where there is one."""
         dtype = _autocast_dtype(x) or x.dtype
-        packed = self._packed("forward", x, padding) if self.fused and dtype == torch.float32 else None
-        if packed is not None and (other is None or other.dtype == dtype):
-            _, convolve, convolve_add = _onednn_operators()
-            unary, scalars = _FUSED_ACTIVATIONS[self.activation]
-            geometry = (list(padding), list(self.stride), list(self.dilation), self.groups)
-            if other is None:
-                return convolve(x, packed, self.bias, *geometry, unary, scalars, "")
-            unary = None if unary == "none" else unary
-            other = other.contiguous(memory_format=torch.channels_last)
-            return convolve_add(x, other, packed, self.bias, *geometry, "add", 1.0, unary, scalars, "")
+        if self._has_kernels(dtype) and (other is None or other.dtype == dtype):
+            return self._fused("forward", x, self.bias, padding, self.stride, self.activation, other)
         weight, bias = self._cast(dtype)
         y = F.conv2d(x.to(dtype), weight, bias, self.stride, padding, self.dilation, self.groups)
-        if other is not None:
-            y = y.add_(other) if other.dtype == y.dtype else y + other
-        return activate(y, self.activation, inplace=True)
+        return _finish(y, other, self.activation)
 
     def input_gradient(self, g, shape, padding):
         """d loss / d x, (n, I, H, W) = ``shape``, for g = d loss / d conv(x), (n, O, H', W').
 
-        With stride 1 this is a convolution of ``g`` with the flipped kernels, padded by what the kernel
-        overhangs.
+        With stride 1 this is a convolution of ``g`` with the flipped kernels, padded by what the kernel overhangs.
         """
-        overhang = tuple(
-            d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, padding, strict=True)
-        )
-        if g.dtype == torch.float32 and self.stride == (1, 1) and min(overhang) >= 0:
-            packed = self._packed("backward", g, overhang)
-            if packed is not None:
-                _, convolve, _ = _onednn_operators()
-                return convolve(
-                    g, packed, None, list(overhang), [1, 1], list(self.dilation), self.groups, "none", [], ""
-                )
+        overhang = tuple(d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, padding, strict=True))
+        if self._has_kernels(g.dtype) and self.stride == (1, 1) and min(overhang) >= 0:
+            return self._fused("backward", g, None, overhang, (1, 1))
         weight, _ = self._cast(g.dtype)
-        layout = (
-            torch.channels_last
-            if weight.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        x = torch.empty(
-            shape, dtype=g.dtype, device=g.device, memory_format=layout
-        )  # its values are never read
-        return torch.ops.aten.convolution_backward(
-            g,
-            x,
-            weight,
-            None,
-            self.stride,
-            padding,
-            self.dilation,
-            False,
-            (0, 0),
-            self.groups,
-            (True, False, False),
-        )[0]
+        x = empty_like_layout(weight, shape, g)  # its values are never read
+        operator, only_input = torch.ops.aten.convolution_backward, (True, False, False)
+        geometry = (self.stride, padding, self.dilation, False, (0, 0), self.groups)
+        return operator(g, x, weight, None, *geometry, only_input)[0]
 
-    def _packed(self, direction, x, padding):
-        weight, stride = self.weight, self.stride
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or _onednn_operators() is None:
-            return None
-        if direction not in self._prepared:
-            pack = _onednn_operators()[0]
-            if direction == "backward":
-                weight, stride = _flipped(weight, self.groups), (1, 1)
-            self._prepared[direction] = pack(
-                weight.contiguous().to_mkldnn(),
-                list(padding),
-                list(stride),
-                list(self.dilation),
-                self.groups,
-                list(x.shape),
-            )
-        return self._prepared[direction]
+    def _has_kernels(self, dtype):
+        on_cpu = self.weight.device.type == "cpu" and dtype == self.weight.dtype == torch.float32
+        return self.fused and on_cpu and _onednn_operators() is not None
+
+    def _fused(self, direction, x, bias, padding, stride, activation=None, other=None):
+        """activation(conv(x) + bias + other) by oneDNN or Winograd; "backward" takes the flipped kernels."""
+        if self._winograd_pays(x, padding):
+            planes = self._prepare((direction, "winograd"), lambda: winograd.transform_weight(self._kernel(direction)))
+            return _finish(winograd.convolve(x, planes, bias, padding), other, activation)
+        pack, convolve, convolve_add = _onednn_operators()
+        geometry = (list(padding), list(stride), list(self.dilation), self.groups)
+        weight = self._prepare(
+            direction, lambda: pack(self._kernel(direction).contiguous().to_mkldnn(), *geometry, list(x.shape))
+        )
+        unary, scalars = _FUSED_ACTIVATIONS[activation]
+        if other is None:
+            return convolve(x, weight, bias, *geometry, unary, scalars, "")
+        other = other.contiguous(memory_format=torch.channels_last)
+        unary = None if activation is None else unary
+        return convolve_add(x, other, weight, bias, *geometry, "add", 1.0, unary, scalars, "")
+
+    def _winograd_pays(self, x, padding):
+        plain = self.stride == self.dilation == (1, 1) and self.kernel_size == (3, 3) and self.groups == 1
+        if not (self.winograd and plain and x.is_contiguous(memory_format=torch.channels_last)):
+            return False
+        size = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)
+        return winograd.pays(len(x), size, *self.weight.shape[:2])
+
+    def _kernel(self, direction):
+        return self.weight if direction == "forward" else _flipped(self.weight, self.groups)
+
+    def _prepare(self, key, make):
+        if key not in self._prepared:
+            with torch.inference_mode(False):
+                self._prepared[key] = make()
+        return self._prepared[key]
 
     def _cast(self, dtype):
         if dtype == self.weight.dtype:
             return self.weight, self.bias
-        if dtype not in self._prepared:
-            self._prepared[dtype] = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        return self._prepared[dtype]
+        return self._prepare(dtype, lambda: tuple(t if t is None else t.to(dtype) for t in (self.weight, self.bias)))
+
+
+def _finish(y, other, activation):
+    if other is not None:
+        y = y.add_(other) if other.dtype == y.dtype else y + other
+    return activate(y, activation, inplace=True)
+
+
+def empty_like_layout(pattern, shape, like):
+    """An uninitialised tensor of the type of ``like``, channels-last if ``pattern`` is."""
+    channels_last = pattern.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _autocast_dtype(x):

@@ -46,9 +46,7 @@ def share_copy(module):
     copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
     for layer in copied.modules():
         if getattr(layer, "inplace", None) is True:
-            layer.inplace = (
-                False  # an output that another layer keeps for its backward pass must not be overwritten
-            )
+            layer.inplace = False  # an output that another layer keeps for its backward pass must not be overwritten
     return copied
 
 
@@ -85,8 +83,7 @@ def freeze(conv, size):
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if type(conv).__name__ in ("Conv2dSame", "Conv2dSameExport"):
         totals = [
-            max((math.ceil(n / s) - 1) * s + span - n, 0)
-            for n, s, span in zip(size, conv.stride, spans, strict=True)
+            max((math.ceil(n / s) - 1) * s + span - n, 0) for n, s, span in zip(size, conv.stride, spans, strict=True)
         ]
         padding = tuple((total // 2, total - total // 2) for total in totals)
     elif type(conv) is not nn.Conv2d:
@@ -107,9 +104,7 @@ def fold_batchnorm(graph):
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
         conv = _layer(graph, node.args[0])
-        activation = [
-            part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None
-        ]
+        activation = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         plain = type(norm) is nn.BatchNorm2d or type(norm).__name__ == "BatchNormAct2d"
         if not isinstance(conv, FrozenConv2d) or len(node.args[0].users) > 1 or not plain:
             continue
@@ -129,7 +124,7 @@ def fold_batchnorm(graph):
         graph.graph.erase_node(node)
 
 
-def fuse(graph):
+def fuse(graph, winograd=False):
     """Move residual additions and ReLUs into the convolutions that feed them, and ReLUs behind
     max-pooling."""
     for node in list(graph.graph.nodes):
@@ -139,7 +134,7 @@ def fuse(graph):
             _fuse_activation(graph, node)
     for conv in graph.modules():
         if isinstance(conv, FrozenConv2d):
-            conv.fused = True
+            conv.fused, conv.winograd = True, winograd
 
 
 def _is_addition(node):
@@ -152,12 +147,7 @@ def _is_addition(node):
 def _fuse_addition(graph, node):
     for value, other in (node.args, node.args[::-1]):
         conv = _layer(graph, value)
-        if (
-            isinstance(conv, FrozenConv2d)
-            and conv.activation is None
-            and len(value.args) == 1
-            and value is not other
-        ):
+        if isinstance(conv, FrozenConv2d) and conv.activation is None and len(value.args) == 1 and value is not other:
             if len(value.users) == 1:
                 node.op, node.target = "call_module", value.target
                 node.args = (value.args[0], other)
@@ -201,9 +191,7 @@ def activation_of(graph, node):
 
 
 def _layer(graph, node):
-    return (
-        graph.get_submodule(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
-    )
+    return graph.get_submodule(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
 
 def _free_name(graph):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from models.frozen_conv import NO_PADDING, FrozenConv2d, activate, activation_gradient
+from models.frozen_conv import NO_PADDING, FrozenConv2d, activate, activation_gradient, empty_like_layout
 from models.frozen_graph import ADDITIONS, freeze
 
 _POINTWISE_LAYERS = (
@@ -54,9 +54,7 @@ class Sliding:
 
     def reads(self, outputs):
         """The inputs, padding included, that these outputs see."""
-        return outputs[0] * self.stride - self.before, (
-            outputs[1] - 1
-        ) * self.stride - self.before + self.span
+        return outputs[0] * self.stride - self.before, (outputs[1] - 1) * self.stride - self.before + self.span
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ class Step:
     add."""
 
     window: tuple = None
-    fetches: dict = field(
-        default_factory=dict
-    )  # source node -> Fetch, where the source's window itself won't do
+    fetches: dict = field(default_factory=dict)  # source node -> Fetch, where the source's window itself won't do
     padding: tuple = None
 
 
@@ -103,7 +99,7 @@ class _Paste(torch.autograd.Function):
             )
             if area > 0
         ]
-        out = _empty_like(windows, (n, *surroundings.shape[1:]))
+        out = empty_like_layout(windows, (n, *surroundings.shape[1:]), windows)
         for part in ctx.around:
             out[part] = surroundings[part]
         out[ctx.place] = windows
@@ -117,12 +113,6 @@ class _Paste(torch.autograd.Function):
             for part in ctx.around:
                 shared[part] = g[part].sum(0, keepdim=True)
         return shared, g[ctx.place] if ctx.needs_input_grad[1] else None, None, None
-
-
-def _empty_like(windows, shape):
-    channels_last = windows.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=windows.dtype, device=windows.device, memory_format=layout)
 
 
 class WindowedNetwork(nn.Module):
@@ -171,9 +161,7 @@ class WindowedNetwork(nn.Module):
 
     def largest_map(self):
         """Elements of the largest map that a sample has of its own."""
-        sizes = [
-            node.meta["shape"][1] * _area(step.window) for node, step in self.steps.items() if self._is_map(node)
-        ]
+        sizes = [node.meta["shape"][1] * _area(step.window) for node, step in self.steps.items() if self._is_map(node)]
         for step in self.steps.values():
             sizes += [fetch.source.meta["shape"][1] * _area(fetch.patch) for fetch in step.fetches.values()]
         return max(sizes)
@@ -202,8 +190,7 @@ class WindowedNetwork(nn.Module):
         slide = self._sliding(node)
         if slide is not None:
             window = tuple(
-                axis.reach(w, size)
-                for axis, w, size in zip(slide, self.steps[source].window, sizes, strict=True)
+                axis.reach(w, size) for axis, w, size in zip(slide, self.steps[source].window, sizes, strict=True)
             )
             if any(stop <= start for start, stop in window):
                 return False
@@ -212,10 +199,7 @@ class WindowedNetwork(nn.Module):
         elif self._is_pointwise(node):
             window = self.steps[source].window
         elif node.op in ("call_function", "call_method") and node.target in ADDITIONS and not node.kwargs:
-            if any(
-                not isinstance(arg, fx.Node) or arg.meta.get("shape") != node.meta["shape"]
-                for arg in node.args
-            ):
+            if any(not isinstance(arg, fx.Node) or arg.meta.get("shape") != node.meta["shape"] for arg in node.args):
                 return False
             window = _union(*(self.steps[arg].window for arg in node.args))
         else:
@@ -229,9 +213,7 @@ class WindowedNetwork(nn.Module):
             return True
         if node is not self.stem:
             fill = -math.inf if isinstance(self._layer(node), nn.MaxPool2d) else 0.0
-            self._fetch(
-                step, source, tuple(axis.reads(w) for axis, w in zip(slide, window, strict=True)), fill
-            )
+            self._fetch(step, source, tuple(axis.reads(w) for axis, w in zip(slide, window, strict=True)), fill)
             for other in node.args[1:]:
                 self._fetch(step, other, window)
         step.padding = NO_PADDING
@@ -459,7 +441,7 @@ def _without_bias(layer, scale, padding):
     weights."""
     conv = FrozenConv2d(layer.weight, None, layer.stride, padding, layer.dilation, layer.groups)
     conv.scale_input(scale.flatten())
-    conv.fused = layer.fused
+    conv.fused, conv.winograd = layer.fused, layer.winograd
     return conv
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import PaddingVR, WatermarkingVR
+from models import PaddingVR, WatermarkingVR, winograd
 from models.engine import SWITCHES, build_network
 from models.frozen_conv import FrozenConv2d, _flipped
 from models.shared_border import Sliding
@@ -46,7 +46,8 @@ class RandomNet(nn.Module):
                 layers.append(conv(channels, 8))
             elif kind == "residual":
                 body = [nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 8, 3, 1, 1)]
-                layers.append(Residual(nn.Sequential(*body), draw(nn.Identity(), nn.Conv2d(8, 8, 1)), draw(nn.ReLU(), nn.Identity())))
+                shortcut, after = draw(nn.Identity(), nn.Conv2d(8, 8, 1)), draw(nn.ReLU(), nn.Identity())
+                layers.append(Residual(nn.Sequential(*body), shortcut, after))
             elif kind == "max":
                 layers.append(nn.MaxPool2d(draw(2, 3), draw(1, 2), draw(0, 1), draw(1, 2)))
             elif kind == "average":
@@ -303,8 +304,35 @@ def test_a_kernel_that_disagrees_is_left_out(monkeypatch):
     monkeypatch.setattr(FrozenConv2d, "compute", broken)
     net, input_vr = random_net(7, 48, torch.float32), with_random_program(PaddingVR(48, 10, MEAN, STD))
     network = build_network(net, input_vr)
-    assert network.description.endswith("left out, as their results disagreed: fused-ops")
+    assert network.description.endswith("left out, as their results disagreed: winograd, fused-ops")
     assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 1e-3)
+
+
+@pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
+@pytest.mark.parametrize(
+    ("size", "padding"), [((4, 4), (1, 1)), ((7, 7), (1, 1)), ((14, 9), (0, 2)), ((3, 6), (0, 0))]
+)
+def test_winograd_equals_the_direct_sum(size, padding):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 6, *size, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(7, 6, 3, 3, generator=generator), torch.randn(7, generator=generator)
+    expected = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    got = winograd.convolve(x, winograd.transform_weight(weight), bias, padding)
+    assert got.shape == expected.shape and got.is_contiguous(memory_format=torch.channels_last)
+    assert (got - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
+@pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
+def test_winograd_runs_in_both_directions_of_a_network(monkeypatch):
+    calls = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *args: calls.append(args[0].shape) or convolve(*args))
+    net, input_vr = resnet("resnet18"), with_random_program(PaddingVR(96, 24, MEAN, STD))
+    network = build_network(net, input_vr)
+    calls.clear()
+    assert_same(net, network, input_vr, images_for(input_vr, 8), 1e-5, 5e-3)
+    channels = [shape[1] for shape in calls]
+    assert channels and channels == channels[::-1] and set(channels) <= {128, 256, 512}
 
 
 def test_unknown_switch():
