@@ -1,6 +1,7 @@
 """The three steps of an epoch: estimate the mapping, train the pattern, evaluate on the test set."""
 
 import math
+import os
 import signal
 import sys
 import time
@@ -51,6 +52,7 @@ def set_up_arithmetic(device, precision, deterministic):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a workspace
         torch.use_deterministic_algorithms(True)
 
 
