@@ -344,6 +344,17 @@ def test_state_of_another_run(name, change):
         trainer(name).load_state_dict(state)
 
 
+def test_moments_that_overlap_in_memory_are_taken_apart():
+    state = trained("blm").state_dict()
+    moments = state["optimizers"][0]["state"][0]
+    moments["exp_avg"] = torch.ones(1).expand(3, SIDE, SIDE)
+    made = trainer("blm")
+    made.load_state_dict(state)
+    made.program.grad = torch.zeros_like(made.program)
+    made.optimizers[0].step()
+    assert made.optimizers[0].state[made.program]["exp_avg"].unique().item() == pytest.approx(0.9)
+
+
 def test_state_of_another_optimiser_mapping_and_classifier():
     state = trained("blm").state_dict()
     for other in (trainer("blm", optimizer=torch.optim.SGD), trainer("linear"), trainer("blm", num_source=S + 1)):

@@ -293,9 +293,9 @@ class Trainer:
             if not self.mapping.ready:
                 raise ValueError("no mapping yet")
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                _check_optimizer_state(optimizer, saved["state"])
                 own = optimizer.state_dict()["param_groups"]  # these follow from the settings
-                optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+                checked = _checked_optimizer_state(optimizer, saved["state"])
+                optimizer.load_state_dict({"state": checked, "param_groups": own})
             self.scaler.load_state_dict(state["scaler"])
             self.skipped_steps = int(state["skipped_steps"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
@@ -305,7 +305,7 @@ class Trainer:
             ) from error
 
 
-def _check_optimizer_state(optimizer, state):
+def _checked_optimizer_state(optimizer, state):
     names = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if state and state.keys() != set(range(len(parameters))):
@@ -316,6 +316,12 @@ def _check_optimizer_state(optimizer, state):
             raise ValueError("an optimiser's state of another form")
         if not all(values[name].dtype == torch.float32 for name in names):
             raise ValueError("an optimiser's state of another type")
+    return {index: {name: _on_its_own(value) for name, value in values.items()} for index, values in state.items()}
+
+
+def _on_its_own(tensor):
+    """A copy whose elements share no memory, whatever the strides of the original."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _NonFiniteWatch:
