@@ -1,4 +1,4 @@
-"""Two small finished runs that the tests of the tools share; nothing may be changed in their folders."""
+"""Small finished runs that the tests of the tools share; nothing may be changed in their folders."""
 
 import io
 from contextlib import redirect_stdout
@@ -32,3 +32,11 @@ def vm_run(tmp_path_factory):
 def vlm_run(tmp_path_factory):
     """The tiny CLIP, watermarking, blmpp."""
     return train("train_vlm", tmp_path_factory.mktemp("vlm"), "--mapping", "blmpp")
+
+
+@pytest.fixture(scope="session")
+def linear_run(tmp_path_factory):
+    """A tiny random network, watermarking, the learned mapping with its bias, trained in bf16."""
+    more = ["--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64", "--precision", "bf16"]
+    return train("train_vm", tmp_path_factory.mktemp("linear"), "--mapping", "linear", "--reprogramming",
+                 "watermarking", *more)

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-import train_vm
 from data import BatchLoader
+from tests.conftest import train
 from tools import export
 from tools.finished import load_run
 
@@ -73,47 +73,60 @@ def test_torch(exported):
 
 ELSEWHERE = """
 import sys, torch
-network = torch.export.load(sys.argv[1]).module()
-print(network(torch.full((2, 3, 224, 224), 0.5)).tolist())
+network, images = torch.export.load(sys.argv[1]).module(), torch.load(sys.argv[2])
+print(network(images).tolist())
 assert not {"models", "mapping", "tools", "timm", "open_clip"} & sys.modules.keys()
 """
 
 
-def test_torch_without_this_project(vlm_run, tmp_path):
-    export.main([str(vlm_run), "--format", "torch", "--out", str(tmp_path)])
+@pytest.mark.parametrize("exported", ["vlm_run"], indirect=True)
+def test_torch_without_this_project(exported, tmp_path):
+    folder, out = exported
+    images, logits, tolerance = expected_logits(folder)
+    torch.save(images[:2], tmp_path / "images.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model.pt2")]
-    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    (_, expected), = load_run(vlm_run, splits=()).logits([torch.full((2, 3, 224, 224), 0.5)])
-    torch.testing.assert_close(torch.tensor(json.loads(outcome.stdout)), expected, atol=1e-3, rtol=0)
+    command = [sys.executable, "-c", ELSEWHERE, str(out / "model.pt2"), str(tmp_path / "images.pt")]
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(outcome.stdout)), logits[:2], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("mapping, reprogramming", [("ilm", "watermarking"), ("linear", "padding")])
-def test_other_mappings(mapping, reprogramming, tmp_path, capsys):
-    """One-to-one, and learned with its bias; trained in bf16, exported in fp32."""
-    train_vm.main(["--dataset", "synthetic", "--epochs", "1", "--batch-size", "64", "--backbone",
-                   "timm:test_resnet", "--weights", "none", "--mapping", mapping, "--reprogramming", reprogramming,
-                   "--precision", "bf16", "--results-path", str(tmp_path)])
-    (folder,) = (path.parent for path in tmp_path.rglob("config.json"))
-    export.main([str(folder), "--format", "onnx"])
-    run = load_run(folder, splits=())
+def test_learned_mapping(linear_run, tmp_path):
+    """With its bias; trained in bf16, exported in fp32."""
+    export.main([str(linear_run), "--format", "onnx", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    run = load_run(linear_run, splits=())
     run.settings.precision = "fp32"
-    images = torch.rand(4, 3, run.system.presets[1].size, run.system.presets[1].size)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     (source, logits), = run.logits([images])
-    mapped = source[:, run.system.mapping.source_index] if mapping == "ilm" else (
-        source @ run.system.mapping.matrix + run.system.mapping.bias)
-    torch.testing.assert_close(logits, mapped.detach())
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    mapping = run.system.mapping
+    assert mapping.bias.abs().max() > 0.01
+    torch.testing.assert_close(logits, (source @ mapping.matrix + mapping.bias).detach())
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(got, logits, atol=1e-4 * max(1.0, float(logits.abs().max())), rtol=0)
-    assert not (folder / "model.pt2").exists()
 
 
-def test_wrong_logits_are_never_kept(vlm_run, tmp_path, capsys, monkeypatch):
-    load = export.FORMATS["torch"][1]
-    monkeypatch.setitem(export.FORMATS, "torch", (export.FORMATS["torch"][0], lambda f: lambda x: load(f)(x) + 0.5))
+@pytest.fixture(scope="module")
+def random_mapping_run(tmp_path_factory):
+    return train("train_vlm", tmp_path_factory.mktemp("rlm"), "--mapping", "rlm", "--reprogramming", "padding")
+
+
+def test_one_to_one_mapping(random_mapping_run, tmp_path):
+    export.main([str(random_mapping_run), "--format", "onnx", "--out", str(tmp_path)])
+    run = load_run(random_mapping_run, splits=())
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (source, _), = run.logits([images])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(got, source[:, run.system.mapping.source_index], atol=1e-4, rtol=1e-5)
+
+
+def test_wrong_logits_are_never_kept(random_mapping_run, tmp_path, capsys, monkeypatch):
+    write, load = export.FORMATS["torch"]
+    monkeypatch.setitem(export.FORMATS, "torch", (write, lambda file: lambda images: load(file)(images) + 0.5))
     with pytest.raises(SystemExit) as caught:
-        export.main([str(vlm_run), "--format", "torch", "--out", str(tmp_path)])
+        export.main([str(random_mapping_run), "--format", "torch", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and "gives other logits" in error and "0.5" in error
     assert list(tmp_path.iterdir()) == []

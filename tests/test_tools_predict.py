@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train_vm
 from data.sources import synthetic
 from tools import predict
 from tools.evaluate import test_logits as logits_of_test_set
@@ -84,13 +83,9 @@ def test_constant_on_all_pretrained_logits_changes_nothing():
     )
 
 
-def test_learned_mapping_has_a_rest(tmp_path, photos, capsys):
-    train_vm.main(["--dataset", "synthetic", "--epochs", "1", "--batch-size", "64", "--backbone", "efficientnet_lite0",
-                   "--canvas-size", "64", "--mapping", "linear", "--results-path", str(tmp_path)])
-    capsys.readouterr()
-    (folder,) = (path.parent for path in tmp_path.rglob("config.json"))
-    (p,) = printed_json(capsys, folder, photos / "0.png")
-    run, why, winner = load_run(folder, splits=()), p["why"], p["predictions"][0]["label"]
+def test_learned_mapping_has_a_rest(linear_run, photos, capsys):
+    (p,) = printed_json(capsys, linear_run, photos / "0.png")
+    run, why, winner = load_run(linear_run, splits=()), p["why"], p["predictions"][0]["label"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
     (source, _), = run.logits([image / 255.0])
     weights, bias = run.system.mapping.weights, run.system.mapping.bias.detach()
