@@ -6,6 +6,7 @@ S is the number of pretrained labels (`num_source`), T that of downstream labels
 import difflib
 import math
 import warnings
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -208,15 +209,26 @@ class OneToOneMapping(LabelMapping):
         self._index = one_to_one(table).to(self._index.device)
 
 
-class BayesianMapping(LabelMapping):
-    """Bayesian-guided label mapping (`blm`, `blmpp`): ``logits @ weights``, see `estimators.bayesian`."""
+class MatrixMapping(LabelMapping):
+    """A many-to-many mapping estimated anew every epoch (`blm`, `blmpp`): ``logits @ weights``.
+
+    Parameters
+    ----------
+    name : str
+    num_source, num_target : int
+    estimator : callable
+        Table ``counts[s, t]``, (S, T), ordinary or sparse COO, to the weights, (S, T) float32; a pure function, as
+        those of `mapping.estimators`.
+    k : int, optional
+        The table sums each sample's k largest probabilities (BLM+) in place of counting its highest logit.
+    """
 
     iterative = True
     _fallback = "their weights are uniform over the pretrained labels"
 
-    def __init__(self, name, num_source, num_target, *, laplace, bayes, k=None):
+    def __init__(self, name, num_source, num_target, estimator, k=None):
         super().__init__(name, num_source, num_target, Statistics(num_source, num_target, k))
-        self.laplace, self.bayes = laplace, bayes
+        self.estimator = estimator
         self.register_buffer("_weights", torch.zeros(num_source, num_target))
 
     @property
@@ -233,7 +245,7 @@ class BayesianMapping(LabelMapping):
         # The old weights go first, to make room. Whoever still holds them keeps them as they were.
         self.ready, device = False, self._weights.device
         self._weights = self._weights.new_empty(0)
-        self._weights = (bayesian(table, self.laplace) if self.bayes else frequencies(table)).to(device)
+        self._weights = self.estimator(table).to(device)
 
 
 class LinearMapping(LabelMapping):
@@ -277,15 +289,18 @@ def _float32_product(logits, weights):
         return logits.float() @ weights
 
 
-# From a name to what builds the mapping, given S, T and the options that it needs of `build_mapping`'s.
+def _posterior(laplace, bayes):
+    return partial(bayesian, laplace=laplace) if bayes else frequencies
+
+
+# From a name to what builds the mapping, given S, T and the options that it needs of `build_mapping`'s; a new
+# mapping is a new entry.
 MAPPINGS = {
     "rlm": lambda s, t, *, seed, **_: OneToOneMapping("rlm", s, t, seed=seed),
     "flm": lambda s, t, **_: OneToOneMapping("flm", s, t),
     "ilm": lambda s, t, **_: OneToOneMapping("ilm", s, t, iterative=True),
-    "blm": lambda s, t, *, laplace, bayes, **_: BayesianMapping("blm", s, t, laplace=laplace, bayes=bayes),
-    "blmpp": lambda s, t, *, laplace, bayes, k, **_: BayesianMapping(
-        "blmpp", s, t, laplace=laplace, bayes=bayes, k=k
-    ),
+    "blm": lambda s, t, *, laplace, bayes, **_: MatrixMapping("blm", s, t, _posterior(laplace, bayes)),
+    "blmpp": lambda s, t, *, laplace, bayes, k, **_: MatrixMapping("blmpp", s, t, _posterior(laplace, bayes), k),
     "linear": lambda s, t, *, seed, variant, **_: LinearMapping("linear", s, t, seed=seed, variant=variant),
 }
 ALIASES = {"blmp": "blmpp"}

@@ -4,6 +4,7 @@ A classifier owns its preprocessing: mean, std, input size and label count trave
 """
 
 import difflib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +14,6 @@ from models.checkpoint_file import read_checkpoint
 from models.torchvision_shim import ensure_torchvision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# name -> (library, the library's own name of the architecture with its weights)
-BACKBONES = {
-    "resnet18": ("torchvision", "resnet18"),
-    "resnet50": ("torchvision", "resnet50"),
-    "resnext101_32x8d": ("timm", "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"),
-    "efficientnet_lite0": ("timm", "tf_efficientnet_lite0.in1k"),
-    "vit_b_32": ("torchvision", "vit_b_32"),
-}
-
 
 class Classifier(nn.Module):
     """A pretrained classifier, frozen and in eval mode for good.
@@ -80,15 +71,13 @@ def build_classifier(name, weights=None, seed=0, canvas_size=None):
     FileNotFoundError
         Where the weights are neither on this machine nor can be downloaded.
     """
-    library, architecture = _look_up(name)
+    build = _look_up(name)
     weights = None if weights is None else str(weights)
     if weights not in (None, "none") and not Path(weights).is_file():
         raise FileNotFoundError(f"--weights {weights}: no such file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = (_torchvision_classifier if library == "torchvision" else _timm_classifier)(
-            name, architecture, weights
-        )
+        classifier = build(name, weights)
     if canvas_size not in (None, classifier.input_size):
         _check_canvas(classifier, canvas_size)
     return classifier
@@ -104,7 +93,7 @@ def _look_up(name):
             close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
             hint = f"; closest: {', '.join('timm:' + match for match in close)}" if close else ""
             raise ValueError(f"timm has no model {architecture!r}{hint}")
-        return "timm", architecture
+        return partial(_timm_classifier, architecture)
     close = difflib.get_close_matches(name, BACKBONES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown backbone {name!r}{hint}; choose from {', '.join(BACKBONES)}, timm:<name>")
@@ -117,7 +106,7 @@ def _import_timm():
     return timm
 
 
-def _torchvision_classifier(name, architecture, weights):
+def _torchvision_classifier(architecture, name, weights):
     ensure_torchvision()
     from torchvision.models import get_model, get_model_weights
 
@@ -134,7 +123,7 @@ def _torchvision_classifier(name, architecture, weights):
     return Classifier(net, name, IMAGENET_MEAN, IMAGENET_STD, 224, 1000, imagenet_names())
 
 
-def _timm_classifier(name, architecture, weights):
+def _timm_classifier(architecture, name, weights):
     timm = _import_timm()
     net = timm.create_model(architecture)
     preprocessing = timm.data.resolve_model_data_config(net)
@@ -153,6 +142,16 @@ def _timm_classifier(name, architecture, weights):
     source_names = imagenet_names() if net.num_classes == 1000 else None
     size = preprocessing["input_size"][-1]
     return Classifier(net, name, preprocessing["mean"], preprocessing["std"], size, net.num_classes, source_names)
+
+
+# name -> function of (name, weights) that builds the Classifier; a new backbone is a new entry
+BACKBONES = {
+    "resnet18": partial(_torchvision_classifier, "resnet18"),
+    "resnet50": partial(_torchvision_classifier, "resnet50"),
+    "resnext101_32x8d": partial(_timm_classifier, "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"),
+    "efficientnet_lite0": partial(_timm_classifier, "tf_efficientnet_lite0.in1k"),
+    "vit_b_32": partial(_torchvision_classifier, "vit_b_32"),
+}
 
 
 def _carried_by_pip():
