@@ -333,6 +333,8 @@ def wrong_moment(key, value):
     ("blm", wrong_statistics("num_samples", 0)),
     ("blm", wrong_moment("exp_avg", torch.zeros(()))),
     ("blm", wrong_moment("step", torch.zeros(3))),
+    ("blm", wrong_moment("step", torch.tensor(-1.0))),  # Adam would divide by 1 - beta^0
+    ("blm", wrong_moment("step", torch.tensor(float("nan")))),
     ("blm", wrong_moment("exp_avg", torch.zeros(3, SIDE, SIDE, dtype=torch.int64))),
     ("blm", wrong_moment("momentum_buffer", torch.zeros(3, SIDE, SIDE))),
 ])

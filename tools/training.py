@@ -316,6 +316,8 @@ def _checked_optimizer_state(optimizer, state):
             raise ValueError("an optimiser's state of another form")
         if not all(values[name].dtype == torch.float32 for name in names):
             raise ValueError("an optimiser's state of another type")
+        if "step" in names and not 0 <= values["step"] < math.inf:
+            raise ValueError("an optimiser's count of steps below 0 or not finite")
     return {index: {name: _on_its_own(value) for name, value in values.items()} for index, values in state.items()}
 
 
