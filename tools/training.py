@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tools import distributed
 
-CHUNK_SIZE = 32  # images that go through the network at once
+PLAIN_CHUNK = 32  # images that go through the plain network at once on a CPU
 
 
 class NonFiniteError(ArithmeticError):
@@ -56,8 +56,14 @@ def set_up_arithmetic(device, precision, deterministic):
         torch.use_deterministic_algorithms(True)
 
 
-def pretrained_logits(network, images, precision="fp32", chunk_size=CHUNK_SIZE):
+def chunk_size_of(network, device):
+    """Images that go through ``network`` at once: as many as run fastest on a CPU, a whole batch on a GPU."""
+    return network.batch_size or (PLAIN_CHUNK if device.type == "cpu" else 2**31 - 1)
+
+
+def pretrained_logits(network, images, precision="fp32", chunk_size=None):
     """Pretrained logits (n, S), float32, of images (n, 3, h, w) in [0, 1], computed ``chunk_size`` images at a time."""
+    chunk_size = chunk_size or chunk_size_of(network, images.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return torch.cat([network(chunk).float() for chunk in images.split(chunk_size)])
@@ -101,7 +107,7 @@ class Trainer:
         self.parameters = [program, *mapping.parameters()]
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.chunk_size = CHUNK_SIZE
+        self.chunk_size = chunk_size_of(network, self.device)
         self.skipped_steps = 0
         self.seconds = {}
         self.stop_signal = 0
