@@ -1,10 +1,14 @@
 """Small finished runs that the tests of the tools share; nothing may be changed in their folders."""
 
 import io
+import os
 from contextlib import redirect_stdout
 from importlib import import_module
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that share the cores take one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = ["--dataset", "synthetic", "--epochs", "3", "--batch-size", "24"]
 BACKBONES = {

@@ -21,7 +21,7 @@ BACKBONES = {
     "train_vm_fast.py": ["--backbone", "efficientnet_lite0", "--canvas-size", "64"],
     "train_vlm.py": ["--backbone", "tiny-test", "--weights", "none"],
 }
-LR = {"train_vm.py": "0.01", "train_vm_fast.py": "0.01", "train_vlm.py": "10"}
+LR = {"train_vm.py": "0.003", "train_vm_fast.py": "0.003", "train_vlm.py": "1"}
 
 
 def run(script, *arguments, timeout=300):
