@@ -9,6 +9,7 @@ import time
 import tracemalloc
 import zipfile
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ RESULT = {"final_accuracy": 0.5, "best_accuracy": 0.5, "best_epoch": 0}
 def trainer(name="blmpp", side=SIDE, num_source=S, optimizer=torch.optim.Adam):
     program = nn.Parameter(torch.zeros(3, side, side))
     mapping = build_mapping(name, num_source, T, topk_ratio=0.5)
-    return Trainer(None, program, mapping, {}, optimizer([program], lr=0.1), "steps", 3)
+    network = SimpleNamespace(batch_size=None)  # none of it is run here
+    return Trainer(network, program, mapping, {}, optimizer([program], lr=0.1), "steps", 3)
 
 
 def trained(name="blmpp", **kwargs):

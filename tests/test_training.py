@@ -109,7 +109,7 @@ def test_defaults_and_recipes():
     assert (vlm.reprogramming, vlm.backbone, vlm.weights, vlm.lr) == (
         "watermarking", "ViT-B-32-quickgelu", "openai", 40.0
     )
-    assert RECIPES.keys() == {"dtd", "oxfordpets"}
+    assert RECIPES.keys() == {"dtd", "oxfordpets", "digits"}
     assert parse(VMConfig, "", ["--dataset", "dtd"]).batch_size == 64
     assert parse(VMConfig, "", ["--dataset", "dtd", "--batch-size", "128"]).batch_size == 128
     assert parse(VMConfig, "", ["--mapping", "blmp"]).mapping == "blmpp"
