@@ -63,7 +63,7 @@ class Config:
     weights: str | None = option(None, "backbone", "", type=str)
 
     epochs: int = option(200, "training", "passes over the training set", type=int)
-    batch_size: int = option(256, "training", "images a step of all processes (dtd, oxfordpets: 64; digits: 16)", type=int)
+    batch_size: int = option(256, "training", "images a step (dtd, oxfordpets: 64; digits: 16)", type=int)
     lr: float = option(0.01, "training", "learning rate of θ", type=float)
     seed: int = option(0, "training", "seed of every draw", type=int)
     on_nonfinite: str = option(
