@@ -30,10 +30,15 @@ def run(script, *arguments, timeout=300):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
+def epochs_of(script, mapping):
+    """Three, but for a matrix learned on logits of CLIP's size: Adam overshoots at first."""
+    return 8 if (script, mapping) == ("train_vlm.py", "linear") else 3
+
+
 def smoke(script, mapping, reprogramming, results):
     return run(
-        script, "--dataset", "synthetic", "--mapping", mapping, "--reprogramming", reprogramming, "--epochs", "3",
-        "--batch-size", "16", "--lr", LR[script], "--results-path", str(results), *BACKBONES[script],
+        script, "--dataset", "synthetic", "--mapping", mapping, "--reprogramming", reprogramming,
+        "--epochs", str(epochs_of(script, mapping)), "--batch-size", "16", "--lr", LR[script], "--results-path", str(results), *BACKBONES[script],
     )
 
 
@@ -64,7 +69,7 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["mapping"] == mapping and config["versions"]["torch"] == torch.__version__
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [m["epoch"] for m in metrics] == [0, 1, 2]
+    assert [m["epoch"] for m in metrics] == list(range(epochs_of(script, mapping)))
     assert min(m["train_loss"] for m in metrics[1:]) < metrics[0]["train_loss"]
     assert all(math.isfinite(m["train_loss"]) and m["seconds"]["train"] > 0 for m in metrics)
     result = json.loads((folder / "result.json").read_text())
