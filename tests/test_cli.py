@@ -38,7 +38,8 @@ def epochs_of(script, mapping):
 def smoke(script, mapping, reprogramming, results):
     return run(
         script, "--dataset", "synthetic", "--mapping", mapping, "--reprogramming", reprogramming,
-        "--epochs", str(epochs_of(script, mapping)), "--batch-size", "16", "--lr", LR[script], "--results-path", str(results), *BACKBONES[script],
+        "--epochs", str(epochs_of(script, mapping)), "--batch-size", "16",
+        "--lr", LR[script], "--results-path", str(results), *BACKBONES[script],
     )
 
 
