@@ -1,7 +1,7 @@
 """Reading checkpoints that strangers made: plain tensors and values or an error, whatever the bytes.
 
-`torch.load(weights_only=True)` runs no code, but it trusts declared sizes: a few bytes may ask for terabytes, and
-releases before 2.10 read past the end of a short record. So the archive and its pickle are gone through first.
+`torch.load(weights_only=True)` runs no code, but it trusts declared sizes: a few bytes may ask for terabytes, or
+for more than a record holds. So the archive and its pickle are gone through first.
 """
 
 import collections

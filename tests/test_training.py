@@ -90,15 +90,19 @@ def test_loss_and_gradient_are_the_mean_over_the_batch(tmp_path):
 
 
 def test_learning_rate():
-    epochs = 200
-    rates = [learning_rate("steps", 0.01, epoch / epochs) for epoch in range(epochs)]
+    rates = [learning_rate("steps", 0.01, epoch, 200) for epoch in range(200)]
     assert rates[0] == rates[99] == 0.01
     assert rates[100] == rates[143] == pytest.approx(0.001)
     assert rates[144] == rates[199] == pytest.approx(0.0001)
-    assert learning_rate("cosine", 40, 0) == 40
-    assert learning_rate("cosine", 40, 0.5) == pytest.approx(20)
-    assert learning_rate("cosine", 40, 1) == 0
-    assert learning_rate("cosine", 40, 0.25) == pytest.approx(20 * (1 + math.sqrt(0.5)))
+    for epochs, falls in ((1, ()), (2, (1, 1)), (3, (1, 2)), (6, (3, 4)), (10, (5, 7)), (25, (12, 18)), (50, (25, 36))):
+        for epoch in range(epochs):  # one rate from an epoch's first step to its last
+            expected = 0.01 * 0.1 ** sum(epoch >= fall for fall in falls)
+            assert learning_rate("steps", 0.01, epoch, epochs) == pytest.approx(expected)
+            assert learning_rate("steps", 0.01, epoch + 0.99, epochs) == pytest.approx(expected)
+    assert learning_rate("cosine", 40, 0, 6) == 40
+    assert learning_rate("cosine", 40, 3, 6) == pytest.approx(20)
+    assert learning_rate("cosine", 40, 6, 6) == 0
+    assert learning_rate("cosine", 40, 1.5, 6) == pytest.approx(20 * (1 + math.sqrt(0.5)))
 
 
 def test_defaults_and_recipes():
@@ -142,3 +146,23 @@ def test_twenty_real_flowers(tmp_path, mapping, expected):
     ])
     folder = tmp_path / "results" / "vm" / "flowers102" / f"efficientnet_lite0_padding_{mapping}_seed0"
     assert json.loads((folder / "result.json").read_text())["final_accuracy"] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.soak
+def test_final_accuracy_of_three_seeds_fast_and_plain(tmp_path):
+    """The README's first command: rounding sends single runs apart, but not their mean."""
+    import train_vm
+
+    final = {}
+    for engine in (ALL, "plain"):
+        for seed in range(3):
+            train_vm.main([
+                "--dataset", "digits", "--backbone", "efficientnet_lite0", "--canvas-size", "128", "--epochs", "6",
+                "--seed", str(seed), "--engine", engine, "--results-path", str(tmp_path / engine[:5]),
+            ])
+            folder = tmp_path / engine[:5] / "vm" / "digits" / f"efficientnet_lite0_padding_blmpp_seed{seed}"
+            accuracy = json.loads((folder / "result.json").read_text())["final_accuracy"]
+            final.setdefault(engine, []).append(accuracy)
+    print(final)
+    fast, plain = (sum(final[engine]) / 3 for engine in (ALL, "plain"))
+    assert fast == pytest.approx(plain, abs=0.01)

@@ -28,21 +28,25 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def learning_rate(schedule, lr, progress):
+def learning_rate(schedule, lr, position, epochs):
     """The learning rate at a point of training.
 
     Parameters
     ----------
     schedule : str
-        ``steps``: ×0.1 at 50 % and again at 72 % of the epochs; ``cosine``: from ``lr`` to 0.
+        ``steps``: ×0.1 from epoch ⌊0.5·epochs⌋ on and again from ⌊0.72·epochs⌋ on, but not in the very first epoch;
+        ``cosine``: from ``lr`` to 0, at every step.
     lr : float
         At the start.
-    progress : float
-        Share of the run that lies behind, in [0, 1).
+    position : float
+        Epochs that lie behind, a fraction of the present one included; in [0, epochs).
+    epochs : int
+        Of the whole run.
     """
     if schedule == "steps":
-        return lr * 0.1 ** sum(progress >= milestone for milestone in (0.5, 0.72))
-    return lr * (1 + math.cos(math.pi * progress)) / 2
+        milestones = (max(1, math.floor(round(share * epochs, 9))) for share in (0.5, 0.72))
+        return lr * 0.1 ** sum(position >= milestone for milestone in milestones)
+    return lr * (1 + math.cos(math.pi * position / epochs)) / 2
 
 
 def set_up_arithmetic(device, precision, deterministic):
@@ -128,7 +132,7 @@ class Trainer:
             self.mapping.refresh()
         except FloatingPointError as error:
             if self.on_nonfinite == "stop" or not self.mapping.ready:
-                rate = f"learning rate {self._set_lr(epoch / self.epochs):g}"
+                rate = f"learning rate {self._set_lr(epoch):g}"
                 raise NonFiniteError(f"epoch {epoch}, estimating the mapping, {rate}: {error}") from error
             self.skipped_steps += 1
 
@@ -150,7 +154,7 @@ class Trainer:
         watch = _NonFiniteWatch(self.device, lag=self.on_nonfinite == "stop" and self.device.type == "cuda")
         with self._timed("train"):
             for step, batch in enumerate(self._batches("train", epoch)):
-                first_lr = self._set_lr((epoch + step / len(loader)) / self.epochs)
+                first_lr = self._set_lr(epoch + step / len(loader))
                 lr = first_lr if lr is None else lr
                 for optimizer in self.optimizers:
                     optimizer.zero_grad(set_to_none=True)
@@ -255,10 +259,10 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         return loss_sum, torch.cat(kept) if kept else self._logits(batch.images), correct
 
-    def _set_lr(self, progress):
+    def _set_lr(self, position):
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.schedule, base, progress)
+                group["lr"] = learning_rate(self.schedule, base, position, self.epochs)
         return self.optimizers[0].param_groups[0]["lr"]
 
     @contextmanager
