@@ -1,4 +1,4 @@
-"""Every tool through its command line on runs of real pictures: handwritten digits, and flowers where there are some."""
+"""Every tool through its command line on runs of real pictures: handwritten digits, and flowers where given."""
 
 import csv
 import json
@@ -90,9 +90,9 @@ def test_predict(run_folder, outputs, tmp_path, capsys):
     picture = write_picture(run_folder, 30, tmp_path)
     predict.main([str(run_folder), str(picture), "--json"])
     (prediction,) = json.loads(capsys.readouterr().out)
-    expected = logits[30].double().softmax(0).topk(5)
-    assert [row["label"] for row in prediction["predictions"]] == expected.indices.tolist()
-    assert [row["probability"] for row in prediction["predictions"]] == pytest.approx(expected.values.tolist(), abs=1e-4)
+    expected, shown = logits[30].double().softmax(0).topk(5), prediction["predictions"]
+    assert [row["label"] for row in shown] == expected.indices.tolist()
+    assert [row["probability"] for row in shown] == pytest.approx(expected.values.tolist(), abs=1e-4)
     why, run = prediction["why"], load_run(run_folder, splits=())
     weights, winner, first = run.system.mapping.weights.double(), expected.indices[0], why["sources"][0]
     z = source_logits[30].double() - source_logits[30].double().mean()
