@@ -416,7 +416,7 @@ def write_ilmvp(folder, *, train, test, class_names):
             os.fsync(file.fileno())
         draft.chmod(0o755)
         os.replace(draft, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -465,7 +465,8 @@ def _write_lmdb(path, samples, num_classes):
     return listed
 
 
-def _sync_folder(path):
+def sync_folder(path):
+    """Have the names in a folder survive a loss of power, as ``os.fsync`` has the bytes of a file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from data.ilmvp import sync_folder
 from models.checkpoint_file import read_checkpoint
 
 # settings that may differ between a run and its continuation: they change where and how, not what
@@ -214,7 +215,7 @@ class Run:
             _link_over(last, previous)
         os.replace(temporary, last)
         self.metrics = lines
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._write_metrics()
 
     def finish(self, result):
@@ -308,7 +309,7 @@ def write_text(path, text):
         temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}; what was there is untouched") from error
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _save_durably(value, path):
@@ -346,14 +347,6 @@ def _link_over(source, target):
     except OSError:  # a file system without hard links
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
-
-
-def _sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _versions():
