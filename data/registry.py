@@ -197,7 +197,12 @@ def _open(name, data_path):
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not a folder; {name} is expected there"
-            + (" as an ILM-VP folder (train.lmdb, test.lmdb, split.json)" if name in DATASETS else "")
+            + (
+                " as an ILM-VP folder (train.lmdb, test.lmdb, split.json): choose another --data-path, fetch the folder "
+                "from https://github.com/OPTML-Group/ILM-VP, or make it with python -m tools.prepare_data"
+                if name in DATASETS
+                else ""
+            )
         )
     if name not in DATASETS and not (folder / "train.lmdb").exists():
         train, test, names = sources.class_folders(folder)

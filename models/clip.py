@@ -362,9 +362,10 @@ def _find_weights(name, weights):
         raise FileNotFoundError(f"--weights {weights}: no such file")
     close = difflib.get_close_matches(weights, tags, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
+    allowed = f"choose from {', '.join(tags)}, or" if tags else "none are published: pass"
     raise ValueError(
-        f"--weights {weights!r} is neither a file nor weights of {name!r}{hint}; choose from "
-        f"{', '.join(tags) or 'none published'}, or a local file"
+        f"--weights {weights!r} is neither a file nor weights of {name!r}{hint}; {allowed} a local file, or none for "
+        "a smoke test"
     )
 
 
