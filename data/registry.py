@@ -198,8 +198,8 @@ def _open(name, data_path):
         raise FileNotFoundError(
             f"{folder} is not a folder; {name} is expected there"
             + (
-                " as an ILM-VP folder (train.lmdb, test.lmdb, split.json): choose another --data-path, fetch the folder "
-                "from https://github.com/OPTML-Group/ILM-VP, or make it with python -m tools.prepare_data"
+                " as an ILM-VP folder (train.lmdb, test.lmdb, split.json): choose another --data-path, fetch the "
+                "folder from https://github.com/OPTML-Group/ILM-VP, or make it with python -m tools.prepare_data"
                 if name in DATASETS
                 else ""
             )
