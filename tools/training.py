@@ -45,7 +45,7 @@ def learning_rate(schedule, lr, position, epochs):
     """
     if schedule == "steps":
         milestones = (max(1, math.floor(round(share * epochs, 9))) for share in (0.5, 0.72))
-        return lr * 0.1 ** sum(position >= milestone for milestone in milestones)
+        return lr / 10 ** sum(position >= milestone for milestone in milestones)
     return lr * (1 + math.cos(math.pi * position / epochs)) / 2
 
 
