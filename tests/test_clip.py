@@ -363,6 +363,7 @@ def test_a_clip_with_meaning_beats_chance_on_real_flowers_without_training(tmp_p
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:flowers102 has")
 @pytest.mark.skipif(
     not (os.environ.get("BLM_REAL_DATA") and os.environ.get("BLM_REAL_WEIGHTS")),
     reason="needs BLM_REAL_DATA (folder holding flowers102) and BLM_REAL_WEIGHTS (tf_efficientnet_lite0.pth)",
