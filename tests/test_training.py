@@ -133,6 +133,7 @@ def test_clip_border_is_thirty(tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:flowers102 has")
 @pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="BLM_REAL_DATA names no folder with flowers102/")
 @pytest.mark.parametrize("mapping, expected", [("blmpp", 0.64), ("ilm", 0.475)])
 def test_twenty_real_flowers(tmp_path, mapping, expected):
