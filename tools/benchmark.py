@@ -7,7 +7,8 @@ every picture anew with PIL, the backbone as it comes (NCHW, eager), all logits 
 estimate, full back-propagation. It is checked to give the same mapping and the same loss before anything is timed.
 Epochs of all contenders take turns, so that a drifting machine slows them alike; medians are printed. "of peak" is the
 arithmetic that the plain path would need in that time, as a share of a large float32 matrix product's rate measured on
-the spot: work that is saved counts as done, so it can exceed 100 %.
+the spot: work that is saved counts as done, so it can exceed 100 %. With --switches the parts of the engine come one by
+one, each on top of those before it: the last, with which they are all there, is train_vm itself.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=256, help="images a step (256, the recipe's)")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each contender (3)")
     parser.add_argument("--mapping", default="blmpp", choices=("blm", "blmpp"), help="(blmpp)")
-    parser.add_argument("--switches", action="store_true", help="also time each part of the engine on its own")
+    parser.add_argument("--switches", action="store_true", help="also time the engine part by part, one more each row, and torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     return parser.parse_args(argv)
@@ -100,8 +101,10 @@ def measure_case(case, folder, args, device, peak_gflops):
     contenders["train_vm_fast"] = Ours(tuple(SWITCHES), *common, observe=True)
     if args.switches:
         contenders["data path alone"] = Ours((), *common)
-        for switch in SWITCHES:
-            contenders[f"data path, {switch}"] = Ours((switch,), *common)
+        contenders["data path, torch.compile"] = Ours((), torch.compile(classifier), *common[1:])
+        switches = tuple(SWITCHES)
+        for count, switch in enumerate(switches[:-1], 1):
+            contenders[f"+ {switch}"] = Ours(switches[:count], *common)
     agreement = check_agreement(contenders["plain"], contenders["train_vm"])
 
     seconds = {name: [] for name in contenders}
