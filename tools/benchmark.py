@@ -11,7 +11,6 @@ the spot: work that is saved counts as done, so it can exceed 100 %. With --swit
 one, each on top of those before it: the last, with which they are all there, is train_vm itself.
 """
 
-import argparse
 import ctypes
 import io
 import json
@@ -36,7 +35,7 @@ from data.loader import epoch_generator
 from mapping import build_mapping
 from models import SWITCHES, PaddingVR, build_classifier, build_network
 from models.torchvision_shim import ensure_torchvision
-from tools.console import user_errors
+from tools.console import Parser, torch_device, user_errors
 from tools.training import Trainer
 
 # name -> (backbone, side of the images, how its row in the README calls the setting)
@@ -59,7 +58,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES), help="what to measure (all)")
     parser.add_argument("--images", metavar="PATH", help="ILM-VP folder to read in place of made-up pictures")
     parser.add_argument("--train", type=int, default=512, help="made-up training pictures (512)")
@@ -67,15 +66,21 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=256, help="images a step (256, the recipe's)")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each contender (3)")
     parser.add_argument("--mapping", default="blmpp", choices=("blm", "blmpp"), help="(blmpp)")
-    parser.add_argument("--switches", action="store_true", help="also time the engine part by part, one more each row, and torch.compile")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--switches", action="store_true", help="also time the engine part by part, and torch.compile in its place"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda where there is one (auto)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option in ("train", "test", "batch_size", "epochs"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(args, option)}")
+    return args
 
 
 def measure(args):
     """All cases; a dict with the machine, its peak and a list of rows."""
-    device = torch.device(args.device)
+    device = torch_device(args.device)
     report = {
         "date": date.today().isoformat(), "machine": _machine(device), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "batch_size": args.batch_size, "epochs": args.epochs,

@@ -9,7 +9,6 @@ much the process (on CUDA, its allocator), at its highest, exceeded what it held
 counts statistics, scratch and mapping, but neither logits nor torch.
 """
 
-import argparse
 import multiprocessing
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from mapping import build_mapping, check_mapping_name
+from tools.console import Parser
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841
 
@@ -40,8 +40,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    shown_as_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown_as_is)
+    parser = Parser(prog="python -m tools.benchmark_mapping", description=__doc__)
     parser.add_argument("--source", type=int, default=21841, help="pretrained labels S (21841)")
     parser.add_argument("--target", type=int, default=10000, help="downstream labels T (10000)")
     parser.add_argument("--samples", type=int, default=1_000_000, help="samples n (1000000)")
@@ -52,7 +51,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     for option in ("source", "target", "samples", "batch_size"):
         if getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(args, option)}")
     try:
         args.mapping = [check_mapping_name(name) for name in args.mapping]
         for name in args.mapping:
