@@ -155,20 +155,27 @@ def test_twenty_real_flowers(tmp_path, mapping, expected):
 
 
 @pytest.mark.soak
-def test_final_accuracy_of_three_seeds_fast_and_plain(tmp_path):
-    """The README's first command: rounding sends single runs apart, but not their mean."""
-    import train_vm
-
-    final = {}
-    for engine in (ALL, "plain"):
-        for seed in range(3):
-            train_vm.main([
-                "--dataset", "digits", "--backbone", "efficientnet_lite0", "--canvas-size", "128", "--epochs", "6",
-                "--seed", str(seed), "--engine", engine, "--results-path", str(tmp_path / engine[:5]),
-            ])
-            folder = tmp_path / engine[:5] / "vm" / "digits" / f"efficientnet_lite0_padding_blmpp_seed{seed}"
-            accuracy = json.loads((folder / "result.json").read_text())["final_accuracy"]
-            final.setdefault(engine, []).append(accuracy)
-    print(final)
-    fast, plain = (sum(final[engine]) / 3 for engine in (ALL, "plain"))
-    assert fast == pytest.approx(plain, abs=0.01)
+def test_fast_path_trains_as_well_as_the_plain_path(tmp_path):
+    """Rounding sends single runs apart, by points of accuracy on so small a task: what must agree is their mean."""
+    ends = {}
+    for seed in range(16):
+        for engine in ("plain", ALL):
+            settings = VMConfig(
+                dataset="digits", train_fraction=0.4, backbone="efficientnet_lite0", canvas_size=64, seed=seed,
+                results_path=str(tmp_path), epochs=8, batch_size=16, engine=engine,
+            )
+            system = assemble(settings, CPU)
+            run = Trainer(
+                system.network, system.input_vr.program, system.mapping, system.loaders(16, seed),
+                torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", 8,
+            )
+            for epoch in range(8):
+                run.estimate(epoch)
+                trained = run.train(epoch)
+            ends.setdefault(engine, []).append((trained["train_loss"], 100 * run.evaluate()))
+    plain, fast = (torch.tensor(ends[engine], dtype=torch.float64) for engine in ("plain", ALL))
+    difference, error = (fast - plain).mean(0), (fast - plain).std(0) / 16**0.5
+    for name, values in (("plain", plain), ("fast", fast)):
+        print(f"{name}: loss, accuracy in %: mean {values.mean(0).tolist()}, deviation {values.std(0).tolist()}")
+    print(f"difference {difference.tolist()} +- {error.tolist()}")
+    assert (difference.abs() < 2.5 * error).all() and error[0] < 0.06 and error[1] < 3
