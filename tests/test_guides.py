@@ -16,13 +16,13 @@ from PIL import Image
 from cfg import VLMConfig
 
 ROOT = Path(__file__).parents[1]
-GUIDES = (ROOT / "docs" / "guides.md").read_text(encoding="utf-8")
+README, GUIDES = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/guides.md"))
 # less work than a reader wants
 CUTS = {"--epochs 20": "--epochs 2", "--epochs 2\n": "--epochs 1\n", "--dataset digits": "--dataset synthetic"}
 
 
-def section(title):
-    return GUIDES.split(f"## {title}\n")[1].split("\n## ")[0]
+def section(text, title):
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def blocks(text, language):
@@ -64,7 +64,7 @@ def write_photos(folder):
 
 def test_your_own_data(project):
     write_photos(project / "photos")
-    checked, _, evaluated, predicted = run_commands(section("Your own data in ten minutes"), project)
+    checked, _, evaluated, predicted = run_commands(section(README, "Your own pictures"), project)
     run = project / "results" / "vm" / "folder-photos" / "efficientnet_lite0_padding_blmpp_seed0"
     accuracy = json.loads((run / "result.json").read_text())["final_accuracy"]
     assert f"{accuracy:.2%}".rstrip("%") in evaluated or f"{accuracy:.1%}".rstrip("%") in evaluated
@@ -79,7 +79,7 @@ def test_your_own_data(project):
     ],
 )
 def test_your_own_part(project, title, script, folder):
-    text = section(title)
+    text = section(GUIDES, title)
     (source,) = blocks(text, "python")
     assert len(source.splitlines()) <= 36
     (project / script).write_text(source, encoding="utf-8")
@@ -90,7 +90,6 @@ def test_your_own_part(project, title, script, folder):
 
 
 def test_readme_names_every_flag():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for setting in fields(VLMConfig):
         flag = "--" + ("no-" if setting.default is True else "") + setting.name.replace("_", "-")
-        assert f"| `{flag}` |" in readme
+        assert f"| `{flag}` |" in README
