@@ -16,8 +16,8 @@ from tests.test_tools_report import page_data
 from tools import check_data, evaluate, export, predict, report, visualize
 from tools.finished import load_run
 
-FLOWERS = {  # label in the folder of photographs: what an ImageNet network should see in it
-    7: {"cardoon", "sea urchin", "porcupine"}, 25: {"artichoke"}, 36: {"daisy"}, 43: {"daisy"}, 66: set(), 80: set(),
+FLOWERS = {  # label in the folder of photographs: what ImageNet has of the kind, if anything
+    7: {"cardoon", "sea urchin", "porcupine"}, 25: {"artichoke"}, 36: set(), 43: {"daisy"}, 66: set(), 80: set(),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:flowers102 has")  # six of its classes
 needs_flowers = pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="needs BLM_REAL_DATA: real flowers")
