@@ -140,8 +140,8 @@ def test_twenty_real_flowers(tmp_path, mapping, expected):
     """Ten epochs on labels 10-29. An independent implementation got 0.640 with BLM+, and 0.405 with ILM.
 
     Of ILM the second is no measure: 16 images a class leave its counts full of ties. Seeds 0 to 2 give 0.475, 0.49 and
-    0.48; the plain engine 0.50; pictures in their stored order 0.425, a pattern that starts at noise of 0.001 instead of 0 0.42 and 0.445,
-    bicubic pictures 0.505, ties to the larger instead of the smaller pretrained label 0.525.
+    0.48, the plain engine 0.50, pictures in their stored order 0.425, a pattern that starts at noise of 0.001 instead
+    of 0 0.42 and 0.445, bicubic pictures 0.505, ties to the larger instead of the smaller pretrained label 0.525.
     """
     import train_vm
 
