@@ -135,13 +135,13 @@ def test_clip_border_is_thirty(tmp_path):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:flowers102 has")
 @pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="BLM_REAL_DATA names no folder with flowers102/")
-@pytest.mark.parametrize("mapping, expected", [("blmpp", 0.64), ("ilm", 0.475)])
+@pytest.mark.parametrize("mapping, expected", [("blmpp", 0.64), ("ilm", 0.405)])
 def test_twenty_real_flowers(tmp_path, mapping, expected):
     """Ten epochs on labels 10-29. An independent implementation got 0.640 with BLM+, and 0.405 with ILM.
 
-    Of ILM the second is no measure: 16 images a class leave its counts full of ties. Seeds 0 to 2 give 0.475, 0.49 and
-    0.48, the plain engine 0.50, pictures in their stored order 0.425, a pattern that starts at noise of 0.001 instead
-    of 0 0.42 and 0.445, bicubic pictures 0.505, ties to the larger instead of the smaller pretrained label 0.525.
+    ILM misses that. With 16 images a class its counts are full of ties: seeds 0 to 2 give 0.475, 0.49 and 0.48, the
+    plain engine 0.50, pictures in their stored order 0.425, a pattern that starts at noise of 0.001 instead of 0
+    0.42 and 0.445, bicubic pictures 0.505, ties to the larger instead of the smaller pretrained label 0.525.
     """
     import train_vm
 
@@ -152,6 +152,26 @@ def test_twenty_real_flowers(tmp_path, mapping, expected):
     ])
     folder = tmp_path / "results" / "vm" / "flowers102" / f"efficientnet_lite0_padding_{mapping}_seed0"
     assert json.loads((folder / "result.json").read_text())["final_accuracy"] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.soak
+def test_final_accuracy_of_three_seeds_fast_and_plain(tmp_path):
+    """The README's first command. It fails: single runs lie further apart than the bound; see the next test."""
+    import train_vm
+
+    final = {}
+    for engine in (ALL, "plain"):
+        for seed in range(3):
+            train_vm.main([
+                "--dataset", "digits", "--backbone", "efficientnet_lite0", "--canvas-size", "128", "--epochs", "6",
+                "--seed", str(seed), "--engine", engine, "--results-path", str(tmp_path / engine[:5]),
+            ])
+            folder = tmp_path / engine[:5] / "vm" / "digits" / f"efficientnet_lite0_padding_blmpp_seed{seed}"
+            accuracy = json.loads((folder / "result.json").read_text())["final_accuracy"]
+            final.setdefault(engine, []).append(accuracy)
+    print(final)
+    fast, plain = (sum(final[engine]) / 3 for engine in (ALL, "plain"))
+    assert fast == pytest.approx(plain, abs=0.01)
 
 
 @pytest.mark.soak
