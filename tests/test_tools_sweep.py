@@ -356,7 +356,6 @@ def wait_for(log, text):
         time.sleep(0.02)
 
 
-@pytest.mark.soak  # submitit's watcher takes its time on a busy machine
 def test_jobs_of_submitit(tmp_path):
     """submitit's own local executor in the place of Slurm: exit codes, logs, cancelling."""
     pytest.importorskip("submitit")
