@@ -155,6 +155,7 @@ def test_twenty_real_flowers(tmp_path, mapping, expected):
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:flowers102 has")
 @pytest.mark.parametrize("dataset", ["digits", "flowers102"])
 def test_final_accuracy_of_three_seeds_fast_and_plain(tmp_path, dataset):
     """The README's first command, which fails (single runs lie further apart than the bound; see the next test), and
