@@ -367,7 +367,7 @@ class _NonFiniteWatch:
 
 
 def _count(batch, like):
-    return like.new_tensor(len(batch.labels))
+    return like.new_full((), len(batch.labels))  # filled there: new_tensor would wait for a copy
 
 
 def _on_cpu(value):
