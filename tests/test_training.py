@@ -135,23 +135,29 @@ def test_clip_border_is_thirty(tmp_path):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:flowers102 has")
 @pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="BLM_REAL_DATA names no folder with flowers102/")
+@pytest.mark.parametrize("seeds", [1, 10])
 @pytest.mark.parametrize("mapping, expected", [("blmpp", 0.64), ("ilm", 0.405)])
-def test_twenty_real_flowers(tmp_path, mapping, expected):
-    """Ten epochs on labels 10-29. An independent implementation got 0.640 with BLM+, and 0.405 with ILM.
+def test_twenty_real_flowers(tmp_path, mapping, expected, seeds):
+    """Ten epochs on labels 10-29. One run of an independent implementation ended at 0.640 with BLM+, at 0.405 with ILM.
 
-    ILM misses that. With 16 images a class its counts are full of ties: seeds 0 to 2 give 0.475, 0.49 and 0.48, the
-    plain engine 0.50, pictures in their stored order 0.425, a pattern that starts at noise of 0.001 instead of 0
-    0.42 and 0.445, bicubic pictures 0.505, ties to the larger instead of the smaller pretrained label 0.525.
+    ILM with seed 0 misses that. With 16 images a class its counts are full of ties, and single runs scatter: hence
+    also the mean of ten.
     """
     import train_vm
 
     write_flowers_subset(tmp_path / "flowers102", range(10, 30))
-    train_vm.main([
-        "--dataset", "flowers102", "--data-path", str(tmp_path), "--mapping", mapping, "--backbone",
-        "efficientnet_lite0", "--batch-size", "64", "--epochs", "10", "--results-path", str(tmp_path / "results"),
-    ])
-    folder = tmp_path / "results" / "vm" / "flowers102" / f"efficientnet_lite0_padding_{mapping}_seed0"
-    assert json.loads((folder / "result.json").read_text())["final_accuracy"] == pytest.approx(expected, abs=0.05)
+    final = []
+    for seed in range(seeds):
+        train_vm.main([
+            "--dataset", "flowers102", "--data-path", str(tmp_path), "--mapping", mapping, "--backbone",
+            "efficientnet_lite0", "--batch-size", "64", "--epochs", "10", "--seed", str(seed), "--results-path",
+            str(tmp_path / "results"),
+        ])
+        folder = tmp_path / "results" / "vm" / "flowers102" / f"efficientnet_lite0_padding_{mapping}_seed{seed}"
+        final.append(json.loads((folder / "result.json").read_text())["final_accuracy"])
+    mean = sum(final) / seeds
+    print(mapping, final, f"mean {mean:.3f}")
+    assert mean == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.soak
