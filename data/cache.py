@@ -102,6 +102,19 @@ def stored_images(source, preset, cache_file, *, threads, progress, check):
         source.close()
 
 
+@contextlib.contextmanager
+def all_or_none(cache_files):
+    """Where bad input ends the code within, remove those of the files, and of their folders, that it made."""
+    missing = {path for file in cache_files for path in (file, *file.parents) if not path.exists()}
+    try:
+        yield
+    except (ValueError, OSError):
+        for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):  # never made, or used by somebody else by now
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
+
+
 def _decoded(source, preset, pool, threads, bar):
     """Stored pictures in order, in chunks, so that few wait in memory when writing is slower than
     decoding."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data import ilmvp, sources
-from data.cache import stored_images
+from data.cache import all_or_none, stored_images
 from data.image_set import ImageSet
 
 
@@ -151,23 +151,25 @@ def load_task(
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 (one a core) or more")
     class_names, train, test, check = _open(name, Path(data_path))
-    threads = workers or _cores()
-    image_sets = {}
-    for split, source, preset in (("train", train, train_preset), ("test", test, test_preset)):
-        if preset is None:
-            image_sets[split] = None
-            continue
+    # the smaller split first: what is wrong with it shows before the larger one is decoded
+    splits = {"test": (test, test_preset), "train": (train, train_preset)}
+    files = dict.fromkeys(splits)
+    for split, (source, preset) in splits.items():
         in_memory = isinstance(source, sources.ArraySource)  # made on the spot: nothing worth keeping on disk
-        image_sets[split] = stored_images(
-            source,
-            preset,
-            None
-            if cache_path is None or in_memory
-            else Path(cache_path) / _cache_name(name, split, source, preset),
-            threads=threads,
-            progress=progress,
-            check=lambda labels, split=split: check(split, labels),
-        )
+        if not (preset is None or cache_path is None or in_memory):
+            files[split] = Path(cache_path) / _cache_name(name, split, source, preset)
+    image_sets = dict.fromkeys(splits)
+    with all_or_none(file for file in files.values() if file is not None):
+        for split, (source, preset) in splits.items():
+            if preset is not None:
+                image_sets[split] = stored_images(
+                    source,
+                    preset,
+                    files[split],
+                    threads=workers or _cores(),
+                    progress=progress,
+                    check=lambda labels, split=split: check(split, labels),
+                )
     if None not in image_sets.values():
         _warn_if_unusual(name, image_sets, class_names)
     if train_fraction < 1 and image_sets["train"] is not None:

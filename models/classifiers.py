@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from models.checkpoint_file import read_checkpoint
+from models.hub import cached_file, file_url, is_reachable
 from models.torchvision_shim import ensure_torchvision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 class Classifier(nn.Module):
     """A pretrained classifier, frozen and in eval mode for good.
@@ -93,6 +95,10 @@ def _look_up(name):
             close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
             hint = f"; closest: {', '.join('timm:' + match for match in close)}" if close else ""
             raise ValueError(f"timm has no model {architecture!r}{hint}")
+        base, _, tag = architecture.partition(".")
+        published = timm.list_pretrained(f"{base}.*")
+        if tag and architecture not in published:
+            raise ValueError(f"timm has no weights {architecture!r}; of {base} it has {', '.join(published) or 'none'}")
         return partial(_timm_classifier, architecture)
     close = difflib.get_close_matches(name, BACKBONES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -130,13 +136,15 @@ def _timm_classifier(architecture, name, weights):
     if weights is None and name == "efficientnet_lite0":
         weights = _carried_by_pip()
     if weights is None:
-        published = net.pretrained_cfg
+        hub, url = net.pretrained_cfg.get("hf_hub_id"), net.pretrained_cfg.get("url") or "its authors"
+        if hub:
+            url = file_url(hub, "model.safetensors")
+            if cached_file(hub, ("model.safetensors", "pytorch_model.bin")) is None and not is_reachable(url):
+                raise _weights_missing(name, url, "no connection")
         try:
             net = timm.create_model(architecture, pretrained=True)
         except (OSError, RuntimeError) as error:
-            hub = published.get("hf_hub_id")
-            url = f"https://huggingface.co/{hub}" if hub else published.get("url")
-            raise _weights_missing(name, url or "its authors", error) from error
+            raise _weights_missing(name, url, error) from error
     elif weights != "none":
         load_checkpoint(net, weights)
     source_names = imagenet_names() if net.num_classes == 1000 else None

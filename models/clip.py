@@ -15,8 +15,6 @@ import json
 import os
 import pickle
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 from models.checkpoint_file import read_checkpoint
 from models.classifiers import Classifier
+from models.hub import cached_file, file_url, is_reachable
 from models.torchvision_shim import ensure_torchvision
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu"
@@ -371,22 +370,18 @@ def _find_weights(name, weights):
 
 def _download(open_clip, name, tag, published):
     """File of published weights: from the hub's cache, their address (checksum tested), or the hub."""
-    import huggingface_hub
-
     hub, url = published.get("hf_hub", ""), published.get("url", "")
     repository, _, file = hub.rpartition("/")
     files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     if hub:
-        cached = [huggingface_hub.try_to_load_from_cache(repository, file) for file in files]
-        for path in cached:
-            if isinstance(path, str):
-                return Path(path)
+        cached = cached_file(repository, files)
+        if cached is not None:
+            return cached
     reason = "no connection"
-    hub_url = f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{files[0]}" if hub else ""
+    hub_url = file_url(repository, files[0]) if hub else ""
     sources = [source for source in (url, hub_url) if source]
     for source in sources:
-        # The hub's client asks an unreachable hub for most of a minute before it gives up.
-        if source == url or _is_reachable(source):
+        if source == url or is_reachable(source):
             try:
                 return Path(open_clip.download_pretrained(published, prefer_hf_hub=source != url))
             except Exception as error:  # the hub's client and urllib have no error in common
@@ -395,16 +390,6 @@ def _download(open_clip, name, tag, published):
         f"the weights {tag!r} of {name} are not on this machine and could not be downloaded ({reason}); "
         f"fetch {sources[0]} and pass --weights FILE, or for a smoke test without meaning --weights none"
     )
-
-
-def _is_reachable(url):
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _load_weights(model, file, name):

@@ -103,9 +103,23 @@ def test_missing_weights_name_the_file_and_the_flag(monkeypatch):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("name, repository", [
+    ("resnext101_32x8d", "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"), ("timm:resnet10t", "resnet10t.c3_in1k"),
+])
+def test_missing_weights_of_the_hub_are_named_at_once(monkeypatch, capfd, name, repository):
+    monkeypatch.setattr("models.classifiers.is_reachable", lambda url: False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(FileNotFoundError) as caught:
+        build_classifier(name)
+    for word in (f"https://huggingface.co/timm/{repository}/resolve/main/model.safetensors", "--weights FILE"):
+        assert word in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (("timm:resnet18.tv_in2k",), "timm has no weights 'resnet18.tv_in2k'; of resnet18 it has .*resnet18.tv_in1k"),
         (("resnet81", "none"), "unknown backbone 'resnet81' .did you mean 'resnet18'.*timm:<name>"),
         (("timm:resnet18x", "none"), "timm has no model 'resnet18x'; closest: timm:resnet18"),
         (("vit_b_32", "none", 0, 100), "vit_b_32 cannot take images of 100x100"),

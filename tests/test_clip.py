@@ -300,7 +300,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_address_and_flag(monkey
     def unreachable(*_, **__):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(clip, "_is_reachable", lambda url: False)
+    monkeypatch.setattr(clip, "is_reachable", lambda url: False)
     monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="no route.*/ViT-B-32.pt and pass --weights FILE") as caught:

@@ -204,7 +204,8 @@ def test_without_room_for_a_cache_pictures_are_kept_in_memory(tmp_path, monkeypa
             write_all(file, data)
 
         monkeypatch.setattr(cache, "_write_all", limited)
-    train = task_of(folder, tmp_path / "cache").train
+    preset = padding_preset(16)
+    train = load_task(f"folder:{folder}", "unused", preset, None, cache_path=tmp_path / "cache").train
     assert torch.equal(train.images, expected.images) and torch.equal(train.labels, expected.labels)
     assert re.fullmatch(r"decoded into memory \(no cache at .*; 3,840 bytes are needed\)", train.origin)
     if when == "a file in its place":

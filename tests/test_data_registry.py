@@ -206,8 +206,9 @@ def test_bad_ilmvp_folders(tmp_path, change, error, match):
     change(folder)
     refused(error, match, "dtd", tmp_path)
     before = sorted(path.name for path in folder.iterdir())
-    refused(error, match, "dtd", tmp_path, cache_path=tmp_path / "cache")
+    refused(error, match, "dtd", tmp_path, cache_path=tmp_path / "new/cache")
     assert sorted(path.name for path in folder.iterdir()) == before
+    assert not (tmp_path / "new").exists(), "the cache of the split that is fine was left behind"
 
 
 def test_split_is_compared_also_when_the_cache_is_warm(tmp_path):

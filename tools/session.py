@@ -51,8 +51,8 @@ class Session:
         self.main = distributed.rank() == 0
         set_up_arithmetic(device, cfg.precision, cfg.deterministic)
         with user_errors():
-            check_writable(cfg.results_path)
             folder = run_folder(cfg.results_path, cfg.kind, cfg.settings)
+            check_writable(folder)
             self.run = Run(folder, cfg.kind, cfg.settings, cfg.overwrite)
             result = distributed.by_main_process(lambda: self.run.result)
             if result is not None:
