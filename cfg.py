@@ -13,6 +13,12 @@ from tools.console import Parser, torch_device
 # digits, which are not the paper's, are smaller still: with 256 an epoch would be four steps.
 RECIPES = {"dtd": {"batch_size": 64}, "oxfordpets": {"batch_size": 64}, "digits": {"batch_size": 16}}
 
+# Settings that are for some mappings only: with another one they may not differ from their defaults.
+USED_BY = {
+    "laplace": ("blm", "blmpp"), "topk_ratio": ("blmpp",), "linear_variant": ("linear",), "bayes": ("blm", "blmpp"),
+    "topk": ("blmpp",), "iteration": ("ilm", "blm", "blmpp"),
+}
+
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -94,7 +100,17 @@ class Config:
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
         _require(0 <= self.workers <= 256, "--workers", self.workers, "in [0, 256]")
         _require(self.canvas_size is None or self.canvas_size >= 1, "--canvas-size", self.canvas_size, "1 or more")
+        self._check_use()
         self._check_machine()
+
+    def _check_use(self):
+        """No setting is silently without effect."""
+        mapping = check_mapping_name(self.mapping)
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name, mappings in USED_BY.items():
+            if getattr(self, name) != defaults[name] and mapping not in mappings:
+                flag = ("--no-" if defaults[name] is True else "--") + name.replace("_", "-")
+                raise ValueError(f"{flag} is for {' and '.join(mappings)}, but the mapping is {mapping}; leave it out")
 
     def _check_machine(self):
         device = self.torch_device

@@ -1,7 +1,7 @@
 """Data sets as uint8 pictures on the device, in batches."""
 
 from data.ilmvp import clean_class_name, write_ilmvp
-from data.image_set import ImageSet
+from data.image_set import ImageSet, UnreadableImage
 from data.loader import Batch, BatchLoader
 from data.presets import (
     Preset,
@@ -20,6 +20,7 @@ __all__ = [
     "ImageSet",
     "Preset",
     "Task",
+    "UnreadableImage",
     "check_dataset_name",
     "clean_class_name",
     "clip_preset",

@@ -33,7 +33,6 @@ _FOOTER = struct.Struct("<QI8s")  # length and CRC-32 of the trailer, then:
 _MAGIC = b"BLMCACHE"
 _VERSION = 1
 _BLOCK_BYTES = 64 << 10
-_MAX_CHECKED_BLOCKS = 16384  # 1 GiB: what opening a cache may cost in reading
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -134,12 +133,11 @@ def _key(fingerprint, preset):
 
 
 def _checksum(images):
-    """CRC-32 over the sums of 64 KiB blocks, evenly spread ones where there are many: gigabytes a second."""
+    """CRC-32 over the sums of 64 KiB blocks: gigabytes a second, of what the first epoch reads anyway."""
     flat = images.reshape(-1)
     whole = flat.size // _BLOCK_BYTES
     blocks = flat[: whole * _BLOCK_BYTES].view(np.int64).reshape(whole, _BLOCK_BYTES // 8)
-    sums = blocks[:: max(1, -(-whole // _MAX_CHECKED_BLOCKS))].sum(axis=1)
-    return zlib.crc32(flat[whole * _BLOCK_BYTES :], zlib.crc32(sums.tobytes()))
+    return zlib.crc32(flat[whole * _BLOCK_BYTES :], zlib.crc32(blocks.sum(axis=1).tobytes()))
 
 
 def _read(path, fingerprint, preset):

@@ -10,6 +10,10 @@ from data.memory import available_memory
 _UPLOAD_BYTES = 64 << 20  # pictures go to the device in pieces of this size
 
 
+class UnreadableImage(ValueError):
+    """A picture that is decoded every epoch turned out to be damaged, or its file to be gone; says which."""
+
+
 def take(images, index):
     """The pictures at `index` ((n,) int64, on the device of `images`) as a new tensor (n, H, W, 3) uint8."""
     if isinstance(images, Rows):
@@ -53,7 +57,10 @@ class Streamed:
         return out
 
     def _store(self, i):
-        return self._preset.store(self._source.image(i), self._source.where(i))
+        try:
+            return self._preset.store(self._source.image(i), self._source.where(i))
+        except (ValueError, OSError) as error:
+            raise UnreadableImage(str(error)) from error
 
 
 @dataclass(frozen=True, eq=False)

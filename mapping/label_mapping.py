@@ -112,7 +112,7 @@ class LabelMapping(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def all_reduce_statistics(self):
-        """Sum the statistics over all ranks, each of which must call this once before `refresh`.
+        """Sum the statistics over all ranks, each of which must call this once after the last `observe`.
 
         Does nothing where torch.distributed is not initialised.
         """
@@ -129,7 +129,7 @@ class LabelMapping(nn.Module):
             raise ValueError(f"got ready={state['ready']!r}, expected a bool")
         self.ready = state["ready"]
         if self.estimated:
-            self._statistics.load_state(state["statistics"])
+            self._statistics.load_state(state["statistics"], next(self.buffers()).device)
 
     def extra_repr(self):
         return f"{self.name}, num_source={self.num_source}, num_target={self.num_target}"

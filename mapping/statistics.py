@@ -230,8 +230,8 @@ class Statistics:
         keys, values = self._table.entries()
         return {"num_samples": self.num_samples, "extremes": self._extremes, "keys": keys, "values": values}
 
-    def load_state(self, state):
-        """Restore what `state` returned.
+    def load_state(self, state, device):
+        """Restore what `state` returned, on ``device``.
 
         Raises
         ------
@@ -241,7 +241,7 @@ class Statistics:
         self.clear()
         if state is None:
             return
-        keys, values, extremes = state["keys"], state["values"], state["extremes"]
+        keys, values, extremes = (state[name].to(device) for name in ("keys", "values", "extremes"))
         self._place(values.device)
         integers = keys.dtype == extremes.dtype == torch.int64 and isinstance(state["num_samples"], int)
         fits = integers and values.dtype == self._table.values.dtype and extremes.shape == (3,)

@@ -158,9 +158,15 @@ class FrozenConv2d(nn.Module):
         unary = None if activation is None else unary
         return convolve_add(x, other, weight, bias, *geometry, "add", 1.0, unary, scalars, "")
 
-    def _winograd_pays(self, x, padding):
+    @property
+    def may_use_winograd(self):
+        """Whether maps that are large enough go through `winograd.convolve`."""
         plain = self.stride == self.dilation == (1, 1) and self.kernel_size == (3, 3) and self.groups == 1
-        if not (self.winograd and plain and x.is_contiguous(memory_format=torch.channels_last)):
+        kernels = self.winograd and plain and self._has_kernels(torch.float32)
+        return kernels and winograd.pays(1, (256, 256), *self.weight.shape[:2])
+
+    def _winograd_pays(self, x, padding):
+        if not (self.may_use_winograd and x.is_contiguous(memory_format=torch.channels_last)):
             return False
         size = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)
         return winograd.pays(len(x), size, *self.weight.shape[:2])

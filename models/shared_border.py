@@ -109,10 +109,15 @@ class _Paste(torch.autograd.Function):
     def backward(ctx, g):
         shared = None
         if ctx.needs_input_grad[0]:
-            shared = torch.zeros_like(g[:1])
+            shared = torch.zeros_like(g[:1], dtype=_sum_dtype(g))
             for part in ctx.around:
-                shared[part] = g[part].sum(0, keepdim=True)
+                shared[part] = g[part].sum(0, keepdim=True, dtype=_sum_dtype(g))
         return shared, g[ctx.place] if ctx.needs_input_grad[1] else None, None, None
+
+
+def _sum_dtype(g):
+    """The type for sums over the batch: at least float32, as half precision may overflow where no sample does."""
+    return torch.promote_types(g.dtype, torch.float32)
 
 
 class WindowedNetwork(nn.Module):
@@ -461,7 +466,7 @@ class _AddShared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         g = activation_gradient(g, ctx.saved_tensors[0] if ctx.saved_tensors else None, ctx.activation)
-        return None, g.sum(0, keepdim=True), None
+        return None, g.sum(0, keepdim=True, dtype=_sum_dtype(g)), None
 
 
 def _reads_shape(node):

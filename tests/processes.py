@@ -47,7 +47,8 @@ def start(script, results, *arguments, environment=None):
     """Start a script on the synthetic data set; a `multiprocessing.Process` whose output goes to ``results``.log."""
     results = Path(results)
     results.parent.mkdir(parents=True, exist_ok=True)
-    command = ["--dataset", "synthetic", "--results-path", str(results), *PARTS[script], *map(str, arguments)]
+    command = ["--dataset", "synthetic", "--device", "cpu", "--results-path", str(results)]  # a GPU's bits may differ
+    command += [*PARTS[script], *map(str, arguments)]
     process = _context().Process(target=_run, args=(script, command, str(log_of(results)), environment or {}))
     process.start()
     return process

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from mapping import MAPPINGS
+from tests.data_helpers import make_ilmvp, picture, put
 from tools.runs import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +136,12 @@ BAD = [
     (["--weights", "absent.pth"], ["absent.pth", "no such file"]),
     (["--dataset", "sun397"], ["sun397", "train.lmdb"]),
     (["--dataset", "folder:absent"], ["absent"]),
-    (["--mapping", "flm", "--no-bayes"], ["bayes"]),
+    (["--mapping", "flm", "--no-bayes"], ["--no-bayes is for blm and blmpp, but the mapping is flm"]),
+    (["--mapping", "blm", "--no-topk"], ["--no-topk is for blmpp"]),
+    (["--mapping", "rlm", "--no-iteration"], ["--no-iteration is for ilm and blm and blmpp"]),
+    (["--mapping", "ilm", "--laplace", "2"], ["--laplace is for blm and blmpp"]),
+    (["--mapping", "blm", "--topk-ratio", "0.5"], ["--topk-ratio is for blmpp"]),
+    (["--mapping", "blmp", "--linear-variant", "nobias"], ["--linear-variant is for linear, but the mapping is blmpp"]),
     (["--results-path", "/proc/version/x"], ["/proc/version", "--results-path"]),
 ]
 
@@ -156,6 +163,36 @@ def test_bad_input(arguments, words, tmp_path, monkeypatch, capsys):
     for word in words:
         assert word in printed.err
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_results_path_with_a_file_in_the_way(tmp_path, capsys):
+    import train_vm
+
+    (tmp_path / "vm").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        train_vm.main(["--dataset", "synthetic", "--weights", "none", "--results-path", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert f"{tmp_path}/vm is a file; choose another --results-path" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["vm"]
+
+
+def test_damaged_picture_of_a_set_that_fits_nowhere(tmp_path, monkeypatch, capsys):
+    """It is decoded in every epoch, so that the damage shows while training."""
+    import train_vm
+
+    folder = make_ilmvp(tmp_path / "set")
+    put(folder / "test.lmdb", b"1", (picture(0)[:-300], 1))
+    monkeypatch.setattr("data.cache.available_memory", lambda: 100)
+    monkeypatch.setattr("data.cache.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 99))
+    with pytest.raises(SystemExit) as caught:
+        train_vm.main([
+            "--dataset", f"folder:{folder}", "--weights", "none", "--backbone", "timm:test_resnet",
+            "--canvas-size", "160", "--epochs", "1", "--results-path", str(tmp_path / "results"),
+        ])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.count("\n") == 1 and "test.lmdb, key b'1': not a readable image" in error
 
 
 def test_bad_input_from_a_shell(tmp_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.processes import PARTS, ROOT, finish, folder_of, log_of, start_group
+from tests.processes import PARTS, ROOT, finish, folder_of, log_of, outcome, start_group
 from tools.runs import load_checkpoint
 
 # 64 training images in batches of 22, 32 test images: neither divides by 3, and the last batch of 20 not either
@@ -46,6 +46,24 @@ def test_any_number_of_processes_gives_the_same(tmp_path, script, mapping, count
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(other["mapping"][key], value, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(other["program"], checkpoint["program"], rtol=1e-3, atol=1e-4)
+
+
+def test_processes_that_were_stopped_go_on_as_if_they_had_not_been(tmp_path):
+    """With statistics in the checkpoint: those of all processes, not of the first one alone."""
+    arguments = ["--epochs", 4, "--batch-size", 22, "--mapping", "blm"]
+    ends = []
+    for name in ("alone", "stopped"):
+        results = tmp_path / name
+        if name == "stopped":
+            processes = start_group(2, "train_vm_fast", results, *arguments)
+            wait_for(lambda: "epoch 2/4" in log_of(tmp_path / "stopped").read_text())
+            os.kill(processes[0].pid, signal.SIGTERM)
+            assert [finish(process) for process in processes] == [143, 143]
+        processes = start_group(2, "train_vm_fast", results, *arguments)
+        assert [finish(process) for process in processes] == [0, 0], log_of(results).read_text()
+        ends.append(outcome(results))
+    assert "going on after epoch" in log_of(tmp_path / "stopped").read_text()
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -295,6 +295,22 @@ def test_bfloat16_autocast():
     assert torch.nn.functional.cosine_similarity(gradient.flatten(), half_gradient.flatten(), 0) > 0.9
 
 
+def test_networks_are_compared_without_tf32_and_settings_come_back():
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, []
+
+    def settings():
+        return cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+
+    kept, (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) = settings(), (True, True, True)
+    try:
+        net = random_net(7, 48, torch.float32)
+        net.register_forward_pre_hook(lambda *_: seen.append(settings()))
+        build_network(net, with_random_program(PaddingVR(48, 10, MEAN, STD), torch.float32))
+        assert (False, False, False) in seen and settings() == (True, True, True)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = kept
+
+
 def test_a_kernel_that_disagrees_is_left_out(monkeypatch):
     compute = FrozenConv2d.compute
 

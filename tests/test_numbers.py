@@ -163,9 +163,13 @@ def test_memory_that_runs_out_halves_the_chunks(sabotage, alone, tmp_path, capsy
     assert halved["metrics"][0]["train_loss"] == pytest.approx(alone["metrics"][0]["train_loss"], rel=1e-5)
 
 
-def test_memory_that_holds_no_image(sabotage, tmp_path, capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's way of saying so
+])
+def test_memory_that_holds_no_image(sabotage, tmp_path, capsys, error):
     def burst(logits):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     sabotage(lambda number, trained: True, burst)
     assert run(tmp_path) == 1

@@ -53,6 +53,8 @@ def test_mapping_benchmark(capsys):
     (benchmark.main, ["--case", "resnet"], "invalid choice: 'resnet'"),
     (benchmark.main, ["--train", "0"], "--train must be 1 or more, got 0"),
     (benchmark.main, ["--device", "gpu"], "allowed are cpu, cuda"),
+    (benchmark.main, ["--json", "/proc/none/figures.json"], "choose another --json"),
+    (benchmark_mapping.main, ["--device", "gpu"], "allowed are cpu, cuda"),
     (benchmark_mapping.main, ["--samples", "0"], "--samples must be 1 or more, got 0"),
     (benchmark_mapping.main, ["--mapping", "rlm"], "nothing to measure"),
     (benchmark_mapping.main, ["--mapping", "bml"], "closest: blm"),
@@ -64,22 +66,36 @@ def test_bad_input(main, arguments, said, capsys):
     assert caught.value.code == 2 and said in error and error.count("\n") == 1
 
 
-def test_parts_of_the_engine_come_one_by_one(monkeypatch):
-    made = {}
+def test_parts_of_the_engine_each_on_its_own(monkeypatch):
+    made, epochs = {}, []
 
     class Contender:
+        description = "stand-in"
+
         def __init__(self, switches, classifier, *rest, **options):
             made[len(made)] = switches
             self.weights, self.loss = classifier, 1.0
 
         def epoch(self, epoch):
+            epochs.append((self, epoch))
             return dict.fromkeys(benchmark.STEPS, 1.0)
 
     monkeypatch.setattr(benchmark, "Ours", Contender)
     monkeypatch.setattr(benchmark, "Plain", lambda folder, *rest: Contender((), *rest))
-    monkeypatch.setattr(benchmark, "check_agreement", lambda *_: {})
-    report = benchmark.measure(benchmark.parse(["--case", "resnet18-32", "--switches", "--train", "2", "--test", "2"]))
+    monkeypatch.setattr(benchmark, "check_agreement", lambda *both: [each.epoch(0) for each in both] and {})
+    report = benchmark.measure(benchmark.parse([
+        "--case", "resnet18-32", "--switches", "--train", "2", "--test", "2", "--epochs", "1",
+    ]))
     names = [row["contender"] for row in report["cases"][0]["rows"]]
-    switches = list(SWITCHES)
-    assert names[3:] == ["data path alone", "data path, torch.compile", *(f"+ {name}" for name in switches[:-1])]
-    assert list(made.values())[-1] == tuple(switches[:-1])
+    *others, winograd = SWITCHES
+    assert names[3:] == ["no engine", *others, f"channels-last + fused-ops + {winograd}", "torch.compile"]
+    assert list(made.values())[4:-2] == [(name,) for name in others]
+    for contender in {each for each, _ in epochs}:
+        assert [epoch for each, epoch in epochs if each is contender] == [0, 1], "one to warm up, one that is timed"
+
+
+@pytest.mark.parametrize("mapping", ["ilm", "blm"])
+def test_plain_loop_gives_the_other_mappings_too(tmp_path, mapping):
+    arguments = ["--case", "resnet18-32", "--train", "24", "--test", "4", "--batch-size", "12", "--epochs", "1"]
+    report = benchmark.measure(benchmark.parse([*arguments, "--device", "cpu", "--mapping", mapping]))
+    assert report["cases"][0]["agreement"]["mapping"] < 1e-6

@@ -86,13 +86,13 @@ def test_two_unnamed_settings_and_two_folders_of_one_name():
 
 def test_flags_win_over_the_file(capsys):
     path = grid_file("script: [train_vm.py, train_vm_fast.py]\ndataset: [dtd, eurosat]\nvariants:\n"
-                     "  - {mapping: [blm, ilm], seed: 1}\n  - mapping: rlm\n")
-    assert sweep.main([path, "--mapping", "flm", "--dataset", "digits,dtd", "--iteration", "false", "--dry-run"]) == 0
+                     "  - {mapping: [blm, blmpp], seed: 1}\n  - mapping: rlm\n")
+    assert sweep.main([path, "--mapping", "ilm", "--dataset", "digits,dtd", "--iteration", "false", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[-1].startswith("8 runs: 8 waiting")
     script = cells.ROOT / "train_vm_fast.py"
     assert lines[3] == (
-        f"waiting  python {script} --dataset dtd --mapping flm --no-iteration --seed 1 --results-path results"
+        f"waiting  python {script} --dataset dtd --mapping ilm --no-iteration --seed 1 --results-path results"
     )
     assert not Path("results").exists()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mapping import build_mapping, check_mapping_name
-from tools.console import Parser
+from tools.console import Parser, torch_device
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841
 
@@ -45,7 +45,7 @@ def parse(argv):
     parser.add_argument("--target", type=int, default=10000, help="downstream labels T (10000)")
     parser.add_argument("--samples", type=int, default=1_000_000, help="samples n (1000000)")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (256)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (cpu)")
     parser.add_argument("--mapping", nargs="+", default=["flm", "ilm", "blm", "blmpp"], metavar="NAME",
                         help="estimated mappings to measure (flm ilm blm blmpp)")
     args = parser.parse_args(argv)
@@ -53,6 +53,7 @@ def parse(argv):
         if getattr(args, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(args, option)}")
     try:
+        args.device = str(torch_device(args.device))
         args.mapping = [check_mapping_name(name) for name in args.mapping]
         for name in args.mapping:
             if not build_mapping(name, args.source, args.target).estimated:

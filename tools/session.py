@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from data import UnreadableImage
 from tools import distributed
 from tools.console import one_line_warnings, process_age, user_errors
 from tools.runs import Run, check_writable, run_folder, summarise
@@ -177,6 +178,9 @@ class Session:
                     print(f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, or "
                           "--on-nonfinite skip", file=sys.stderr)
                 sys.exit(3)
+            if isinstance(error, UnreadableImage):
+                with user_errors():
+                    raise error
             if isinstance(error, torch.OutOfMemoryError):
                 print(f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
                       f"smaller --backbone or --canvas-size, or --precision bf16 ({' '.join(str(error).split()):.200})",

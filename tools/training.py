@@ -58,6 +58,7 @@ def set_up_arithmetic(device, precision, deterministic):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a workspace
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # none of it is read before it is written
 
 
 def chunk_size_of(network, device):
@@ -94,7 +95,8 @@ class Trainer:
         See `learning_rate`; a `linear` mapping's optimiser (Adam, lr 0.1) follows the same one.
     epochs : int
     precision : str
-        ``fp32``, ``tf32``, ``bf16`` or ``fp16``; statistics, losses and mapping are float32 whatever it is.
+        ``fp32``, ``tf32``, ``bf16`` or ``fp16``; statistics and losses are float32 whatever it is, and
+            the mapping but for ``tf32``, which rounds the factors of all matrix products.
     on_nonfinite : str
         ``stop`` or ``skip``.
     """
@@ -123,11 +125,11 @@ class Trainer:
         with self._timed("estimate"), torch.inference_mode(), self.network.accumulate():
             for batch in self._batches("estimate", epoch):
                 self.mapping.observe(self._logits_that_fit(batch.images), batch.labels)
+            self.mapping.all_reduce_statistics()
             self.refresh(epoch)
 
     def refresh(self, epoch):
-        """Turn what was observed, in all processes, into ω."""
-        self.mapping.all_reduce_statistics()
+        """Turn what was observed into ω."""
         try:
             self.mapping.refresh()
         except FloatingPointError as error:
@@ -177,6 +179,8 @@ class Trainer:
                 if observe:
                     self.mapping.observe(logits, batch.labels)
             watch.finish()
+            if observe:  # now, so that a checkpoint holds what all processes saw
+                self.mapping.all_reduce_statistics()
         distributed.sum_over_processes(totals)
         loss_sum, correct, seen = totals.tolist()
         assert self.skipped_steps or seen == loader.num_samples, "the training pass lost samples"
@@ -227,9 +231,11 @@ class Trainer:
         while True:
             try:
                 return function()
-            except torch.OutOfMemoryError:
-                if self.chunk_size == 1:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
                     raise
+                if self.chunk_size == 1:
+                    raise torch.OutOfMemoryError(str(error)) from error
             # out of the except clause, whose traceback holds on to the graph
             self.chunk_size = max(1, min(self.chunk_size, count) // 2)
             print(f"out of memory: going on in chunks of {self.chunk_size} images (same result)", flush=True)
@@ -334,6 +340,12 @@ def _checked_optimizer_state(optimizer, state):
 def _on_its_own(tensor):
     """A copy whose elements share no memory, whatever the strides of the original."""
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _out_of_memory(error):
+    """Also where cuDNN finds no algorithm whose workspace fits, and where cuBLAS gets none."""
+    said = ("unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 class _NonFiniteWatch:
