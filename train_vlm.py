@@ -2,6 +2,8 @@
 
 Reprogram a frozen vision-language model (CLIP, or any other of open_clip): its pretrained labels are 81 prompt
 templates filled with the task's class names. The accuracy of the model as it comes is measured first.
+
+Accuracy and time with CLIP's own weights are not measured.
 """
 
 import sys

@@ -13,6 +13,7 @@ from tools.console import one_line_warnings, process_age, user_errors
 from tools.runs import Run, check_writable, run_folder, summarise
 from tools.training import Interrupted, NonFiniteError, Trainer, set_up_arithmetic
 
+_AGE_ONCE_IMPORTED = process_age()  # here, as a process may train more than once
 _HISTORY_LABELS = 10  # pretrained labels of each downstream label that a checkpoint remembers of every epoch
 
 
@@ -87,10 +88,9 @@ class Session:
             self._history = checkpoint.get("history", [])
             self._previous_weights = self._weights()
             self.log(f"going on after epoch {self.first_epoch - 1} of {folder}")
-        age = process_age()
-        waited = {} if age is None else {"imports": age - (time.perf_counter() - start)}
-        waited |= system.waited
-        self.log(f"run folder: {folder}; ready after {age or time.perf_counter() - start:.1f} s ("
+        waited = ({} if _AGE_ONCE_IMPORTED is None else {"imports": _AGE_ONCE_IMPORTED}) | system.waited
+        ready = waited.get("imports", 0) + time.perf_counter() - start
+        self.log(f"run folder: {folder}; ready after {ready:.1f} s ("
                  + ", ".join(f"{what} {seconds:.1f}" for what, seconds in waited.items()) + ")")
         self._stack.enter_context(_signals_to(self.trainer))
 
