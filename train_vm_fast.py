@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 from cfg import VMFastConfig, parse
-from tools.assembly import assemble
 from tools.console import user_errors
-from tools.session import Session
+from tools.training.build import assemble
+from tools.training.session import Session
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
 """Input VR, frozen pretrained classifiers, and the network that joins them."""
 
 from models.classifiers import BACKBONES, Classifier, build_classifier
-from models.engine import SWITCHES, Network, build_network
-from models.prompts import PaddingVR, WatermarkingVR
+from models.fast.network import SWITCHES, Network, build_network
+from models.reprogramming import PaddingVR, WatermarkingVR
 
 __all__ = [
     "BACKBONES",

@@ -36,8 +36,8 @@ from mapping import build_mapping
 from models import SWITCHES, PaddingVR, build_classifier, build_network
 from models.torchvision_shim import ensure_torchvision
 from tools.console import Parser, torch_device, user_errors
-from tools.runs import check_writable
-from tools.training import Trainer, set_up_arithmetic
+from tools.training.run_folder import check_writable
+from tools.training.trainer import Trainer, set_up_arithmetic
 
 # name -> (backbone, side of the images, how its row in the README calls the setting)
 CASES = {

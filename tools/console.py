@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tools import distributed
+from tools.training import distributed
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from data import BatchLoader
 from tools.console import Parser, one_line_warnings, user_errors
-from tools.finished import add_run_arguments, load_run
-from tools.runs import check_writable, write_json, write_text
+from tools.training.finished import add_run_arguments, load_run
+from tools.training.run_folder import check_writable, write_json, write_text
 
 CALIBRATION_BINS = 15
 
@@ -64,7 +64,7 @@ def test_logits(run):
 
     Parameters
     ----------
-    run : tools.finished.FinishedRun
+    run : tools.training.finished.FinishedRun
         Loaded with its test set.
     """
     loader = BatchLoader(

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from tools.console import Parser, one_line_warnings, user_errors
-from tools.finished import add_run_arguments, load_run
-from tools.runs import check_writable
+from tools.training.finished import add_run_arguments, load_run
+from tools.training.run_folder import check_writable
 
 TOLERANCE = 1e-4  # of the exported logits, relative to the largest logit where that is above 1
 
@@ -76,7 +76,7 @@ def export(run, out, formats):
 
     Parameters
     ----------
-    run : tools.finished.FinishedRun
+    run : tools.training.finished.FinishedRun
         On the CPU; from here on it computes in fp32.
     out : Path
         Folder, made where it is missing.

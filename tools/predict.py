@@ -29,7 +29,7 @@ from data import BatchLoader, ImageSet
 from data.image_set import Streamed
 from data.sources import IMAGE_SUFFIXES, FileSource
 from tools.console import Parser, one_line_warnings, user_errors
-from tools.finished import add_run_arguments, load_run
+from tools.training.finished import add_run_arguments, load_run
 
 BATCH_SIZE, THREADS = 32, 4
 
@@ -88,7 +88,7 @@ def predict(run, files, top_k=5):
 
     Parameters
     ----------
-    run : tools.finished.FinishedRun
+    run : tools.training.finished.FinishedRun
     files : list of Path
     top_k : int, >= 1
 

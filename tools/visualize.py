@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from data.image_set import take
 from tools.console import Parser, one_line_warnings, user_errors
-from tools.finished import add_run_arguments, load_run
-from tools.pictures import pattern_picture
+from tools.training.finished import add_run_arguments, load_run
+from tools.training.pattern_image import pattern_picture
 
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
@@ -306,7 +306,7 @@ def draw(run, chosen, folder):
 
     Parameters
     ----------
-    run : tools.finished.FinishedRun
+    run : tools.training.finished.FinishedRun
         With its test images.
     chosen : list of int
         The downstream labels that the figures about single labels show.

@@ -1,0 +1,108 @@
+"""What must not happen on a GPU, tested without one: that a step waits for the device, or mixes devices.
+
+The meta device stands in for the GPU. Its tensors have no values, so that whatever makes the host wait for one
+(``.item()``, ``.tolist()``, ``if tensor``, ``nonzero``) raises, and a spy counts the operations that take tensors
+of both devices, which are copies from one to the other. On a GPU the operators are others, and so are their results.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cfg import VLMConfig, VMConfig
+from models import SWITCHES
+from tools.training import trainer as training
+from tools.training.build import assemble, assemble_clip
+
+ALL, STAND_IN = ",".join(SWITCHES), torch.device("meta")
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations that have tensors on both devices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        self.count += len({tensor.device for tensor in tensors}) > 1
+        return out
+
+
+class NoWatch:
+    """In place of the watch for values that are not finite, which on a GPU reads each step's flag a step later."""
+
+    def __init__(self, device, lag):
+        assert device == STAND_IN
+
+    def check(self, finite, where):
+        assert finite.device == STAND_IN
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def on_the_stand_in(monkeypatch):
+    """Move a system there. Autocast, which does not know the meta device, is left out."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+    monkeypatch.setattr(training, "_NonFiniteWatch", NoWatch)
+
+    def move(system):
+        system.network.plain[0].to(STAND_IN)
+        system.network.to(STAND_IN)
+        system.network.batch_size = None  # all at once, as on a GPU
+        system.mapping.to(STAND_IN)
+        system.mapping.ready = True  # what it is estimated from has no values there
+        system.device = STAND_IN
+        return system
+
+    return move
+
+
+CASES = {
+    "padding, cnn": (assemble, VMConfig, {"mapping": "blmpp", "backbone": "resnet18", "canvas_size": 64}),
+    "watermarking, cnn": (
+        assemble, VMConfig,
+        {"mapping": "ilm", "backbone": "resnet18", "canvas_size": 64, "reprogramming": "watermarking"},
+    ),
+    "plain": (assemble, VMConfig, {"mapping": "blm", "backbone": "resnet18", "canvas_size": 64, "engine": "plain"}),
+    "clip": (assemble_clip, VLMConfig, {"mapping": "blmpp", "backbone": "tiny-test"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_the_device_or_mixes_devices(tmp_path, on_the_stand_in, case):
+    build, config, options = CASES[case]
+    defaults = {"dataset": "synthetic", "weights": "none", "engine": ALL, "results_path": str(tmp_path)}
+    settings = config(**{**defaults, **options})
+    system = on_the_stand_in(build(settings, torch.device("cpu")))
+
+    forwards, crossings = [], {}
+    system.network.register_forward_hook(lambda *_: forwards.append(1))
+    for batch_size in (8, 16):
+        loaders = system.loaders(batch_size, 0)
+        trainer = training.Trainer(
+            system.network, system.input_vr.program, system.mapping, loaders,
+            torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", 2,
+        )  # fmt: skip
+        steps = {
+            "estimate": lambda run=trainer: run.estimate(0),
+            "train": lambda run=trainer: run.train(0, observe=True),
+            "test": lambda run=trainer: run.evaluate(),
+        }
+        for name, step in steps.items():
+            forwards.clear()
+            crossed = Crossings()
+            # totals and statistics are read once, at the very end
+            with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"), crossed:
+                step()
+            assert len(forwards) == len(loaders[name]) > 1
+            crossings.setdefault(name, []).append(crossed.count)
+    # what an epoch takes to the device is its order, crops and flips, however many steps it has
+    for of_many_steps, of_few_steps in crossings.values():
+        assert 1 <= of_many_steps == of_few_steps <= 3

@@ -1,0 +1,388 @@
+"""The fast network against the plain one: values, gradients, what it says it does, and what it leaves alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import PaddingVR, WatermarkingVR
+from models.fast import winograd
+from models.fast.conv import FrozenConv2d, _flipped
+from models.fast.network import SWITCHES, build_network
+from models.fast.shared_border import Sliding
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Residual(nn.Module):
+    def __init__(self, body, shortcut, after):
+        super().__init__()
+        self.body, self.shortcut, self.after = body, shortcut, after
+
+    def forward(self, x):
+        return self.after(self.body(x) + self.shortcut(x))
+
+
+class RandomNet(nn.Module):
+    """A convolutional net whose layers, kernels, strides, paddings, dilations and groups come from a seed."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*choices):
+            return choices[torch.randint(len(choices), (), generator=generator)]
+
+        def conv(channels, out, stride=None):
+            kernel = draw(1, 2, 3, 4, (3, 1), (2, 5))
+            padding = draw(0, 1, (0, 2), (2, 1))
+            stride, dilation, groups = stride or draw(1, 1, 2, (2, 1), 3), draw(1, 1, 2), draw(1, 1, 2)
+            groups = groups if channels % groups == 0 and out % groups == 0 else 1
+            layer = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=draw(True, False))
+            return nn.Sequential(layer, nn.BatchNorm2d(out)) if draw(True, True, False) else layer
+
+        layers, channels = [conv(3, 8, draw(1, 2))], 8
+        for _ in range(6):
+            kind = draw("conv", "conv", "residual", "max", "average", "pointwise", "depthwise")
+            if kind == "conv":
+                layers.append(conv(channels, 8))
+            elif kind == "residual":
+                body = [nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 8, 3, 1, 1)]
+                shortcut, after = draw(nn.Identity(), nn.Conv2d(8, 8, 1)), draw(nn.ReLU(), nn.Identity())
+                layers.append(Residual(nn.Sequential(*body), shortcut, after))
+            elif kind == "max":
+                layers.append(nn.MaxPool2d(draw(2, 3), draw(1, 2), draw(0, 1), draw(1, 2)))
+            elif kind == "average":
+                layers.append(nn.AvgPool2d(3, draw(1, 2), draw(0, 1), count_include_pad=draw(True, False)))
+            elif kind == "depthwise":
+                layers.append(nn.Conv2d(8, 8, 3, draw(1, 2), 1, groups=8))
+            layers.append(draw(nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardtanh(), nn.Identity()))
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def settle(net, seed=0, dtype=torch.float32):
+    """Frozen, in eval mode, with weights and BatchNorm statistics that are not those of a fresh layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            low = 0.5 if name.endswith(("running_var", "weight")) else -0.3
+            tensor.copy_(low + 0.6 * torch.rand(tensor.shape, generator=generator))
+    return net.requires_grad_(False).eval().to(dtype)
+
+
+def random_net(seed, canvas, dtype):
+    """The first net from this seed on whose maps survive all its strides."""
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = settle(RandomNet(seed), seed, dtype)
+        try:
+            net(torch.zeros(1, 3, canvas, canvas, dtype=dtype))
+            return net
+        except RuntimeError:
+            seed += 1000
+
+
+def with_random_program(input_vr, dtype=torch.float32):
+    input_vr = input_vr.to(dtype)
+    noise = torch.randn(input_vr.program.shape, generator=torch.Generator().manual_seed(1))
+    input_vr.program.data.copy_(noise)
+    return input_vr
+
+
+def images_for(input_vr, n=3):
+    size = getattr(input_vr, "image_size", input_vr.canvas_size)
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(2)).to(input_vr.program.dtype)
+
+
+def logits_and_gradient(path, input_vr, images):
+    logits = path(images)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(logits.dtype)
+    (gradient,) = torch.autograd.grad((logits * weights).sum(), input_vr.program)
+    return logits.detach().double(), gradient.double()
+
+
+def assert_same(net, network, input_vr, images, logits_tolerance=1e-5, gradient_tolerance=1e-4):
+    plain = logits_and_gradient(lambda x: net(input_vr(x)), input_vr, images)
+    fast = logits_and_gradient(network, input_vr, images)
+    for name, expected, got, tolerance in zip(
+        ("logits", "gradient"), plain, fast, (logits_tolerance, gradient_tolerance), strict=True
+    ):
+        error = (got - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < tolerance, f"{name} differ by {error:.1e}: {network.description}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks_in_double_precision(seed):
+    canvas, image = ((48, 9), (41, 6), (64, 16), (33, 32), (50, 23), (37, 1))[seed % 6]
+    net = random_net(seed, canvas, torch.float64)
+    input_vr = with_random_program(PaddingVR(canvas, image, MEAN, STD), torch.float64)
+    network = build_network(net, input_vr)
+    assert network.description.startswith("fast path") and "left out" not in network.description
+    assert_same(net, network, input_vr, images_for(input_vr), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(100, 116))
+def test_random_networks_through_the_fused_kernels(seed):
+    canvas, image = ((48, 9), (64, 16), (50, 23))[seed % 3]
+    net = random_net(seed, canvas, torch.float32)
+    input_vr = with_random_program(PaddingVR(canvas, image, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert "left out" not in network.description
+    assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 1e-3)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_each_switch_alone_and_each_left_out(name, kept):
+    net = random_net(7, 48, torch.float64)
+    switches = [name] if kept else [other for other in SWITCHES if other != name]
+    for input_vr in (PaddingVR(48, 10, MEAN, STD), WatermarkingVR(48, 8, MEAN, STD)):
+        input_vr = with_random_program(input_vr, torch.float64)
+        network = build_network(net, input_vr, switches=switches)
+        assert network.switches == set(switches)
+        assert_same(net, network, input_vr, images_for(input_vr), 1e-6, 1e-6)
+
+
+def test_without_switches_the_network_is_the_plain_expression():
+    net, input_vr = random_net(3, 48, torch.float32), with_random_program(PaddingVR(48, 10, MEAN, STD))
+    images = images_for(input_vr)
+    network = build_network(net, input_vr, switches=())
+    assert torch.equal(network(images), net(input_vr(images)))
+    assert network.description == "plain path"
+
+
+def resnet(name):
+    from models.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
+    import torchvision
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return settle(getattr(torchvision.models, name)())
+
+
+def timm_model(name, **options):
+    from models.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return settle(timm.create_model(name, **options))
+
+
+@pytest.mark.parametrize("image", [8, 21, 95])
+def test_resnet18(image):
+    net, input_vr = resnet("resnet18"), with_random_program(PaddingVR(96, image, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert "first-layer" in network.description
+    assert ("shared-border over" in network.description) == (image < 95)
+    # a rounding error may tip a single ReLU, which shows in the gradient of an untrained net
+    assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 5e-3)
+
+
+def test_resnet18_is_windowed_from_the_first_layer_to_the_second_stage():
+    # 32 pixels in the middle of 224: rows 96-127; conv1 (7, stride 2, padding 3) sees them from output 47 to 65,
+    # the pooling (3, 2, 1) from 23 to 33, and each of the four convolutions of layer1 one pixel further
+    network = build_network(resnet("resnet18"), PaddingVR(224, 32, MEAN, STD))
+    windows = {str(node): step.window for node, step in network.core.steps.items()}
+    rows = {name: window[0] for name, window in windows.items() if window is not None}
+    assert rows["images"] == (96, 128)
+    assert rows["net_conv1"] == (47, 66)
+    assert rows["net_maxpool"] == (23, 34)
+    assert rows["add"] == (21, 36) and rows["add_1"] == (19, 38)
+    assert network.core.windowed >= 12
+
+
+@pytest.mark.parametrize(("name", "canvas"), [("tf_efficientnet_lite0", 96), ("resnet10t", 96)])
+def test_timm_networks(name, canvas):
+    net, input_vr = timm_model(name), with_random_program(PaddingVR(canvas, 15, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert "shared-border over" in network.description and "left out" not in network.description
+    assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 5e-3)
+
+
+def test_vision_transformer_splits_its_patch_embedding():
+    net = timm_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    for input_vr in (PaddingVR(64, 30, MEAN, STD), WatermarkingVR(64, 8, MEAN, STD)):
+        input_vr = with_random_program(input_vr)
+        network = build_network(net, input_vr)
+        assert "first-layer" in network.description and "no first-layer" not in network.description
+        assert_same(net, network, input_vr, images_for(input_vr))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 5, 2, 1), nn.Linear(4, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x.tanh() if x.sum() > 0 else x.sin()
+        return self.head(x.mean((2, 3)))
+
+
+def test_an_untraceable_network_still_splits_its_first_layer():
+    net, input_vr = settle(Branching()), with_random_program(PaddingVR(40, 11, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert network.description.startswith("fast path: first-layer alone, as tracing failed")
+    assert_same(net, network, input_vr, images_for(input_vr))
+    network = build_network(net, input_vr, switches=["fused-ops"])
+    assert network.description.startswith("plain path: the network cannot be traced")
+    assert_same(net, network, input_vr, images_for(input_vr))
+
+
+@pytest.mark.parametrize("switches", [(), ("shared-border",), ("first-layer",), tuple(SWITCHES)])
+def test_accumulated_parts_of_a_batch_give_the_gradient_of_the_whole(switches):
+    net, input_vr = random_net(5, 48, torch.float64), PaddingVR(48, 10, MEAN, STD)
+    input_vr = with_random_program(input_vr, torch.float64)
+    images, weights = images_for(input_vr, 5), torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
+    network = build_network(net, input_vr, switches=switches)
+    (expected,) = torch.autograd.grad((net(input_vr(images)) * weights).sum(), input_vr.program)
+    with network.accumulate():
+        for part in (slice(0, 2), slice(2, 5)):
+            (network(images[part]) * weights[part]).sum().backward()
+    torch.testing.assert_close(input_vr.program.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_accumulate_sees_a_changed_program_next_time_and_survives_an_error():
+    net, input_vr = random_net(5, 48, torch.float64), PaddingVR(48, 10, MEAN, STD)
+    input_vr = with_random_program(input_vr, torch.float64)
+    images, network = images_for(input_vr), build_network(net, input_vr)
+    with pytest.raises(KeyError), network.accumulate():
+        network(images).sum().backward()
+        raise KeyError
+    assert input_vr.program.grad is None
+    input_vr.program.data.neg_()
+    with torch.inference_mode(), network.accumulate():
+        got = network(images)
+    torch.testing.assert_close(got.double(), net(input_vr(images)).detach(), rtol=1e-5, atol=1e-6)
+    assert_same(net, network, input_vr, images, 1e-6, 1e-6)
+
+
+def test_classifier_and_program_are_left_as_they_were():
+    net, input_vr = resnet("resnet18"), PaddingVR(64, 16, MEAN, STD)
+    before = {name: (tensor, tensor.clone()) for name, tensor in net.state_dict(keep_vars=True).items()}
+    layers = [type(layer) for layer in net.modules()]
+    network = build_network(net, with_random_program(input_vr))
+    program = input_vr.program.detach().clone()
+    network(images_for(input_vr)).sum().backward()
+    assert torch.equal(input_vr.program, program)
+    assert [type(layer) for layer in net.modules()] == layers and net.relu.inplace
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0] and torch.equal(tensor, before[name][1])
+
+
+def test_the_same_batch_gives_the_same_bits():
+    net, input_vr = resnet("resnet18"), with_random_program(PaddingVR(64, 16, MEAN, STD))
+    images, network = images_for(input_vr), build_network(net, input_vr)
+    first, second = (logits_and_gradient(network, input_vr, images) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_bfloat16_autocast():
+    net, input_vr = random_net(11, 48, torch.float32), with_random_program(PaddingVR(48, 10, MEAN, STD))
+    images, network = images_for(input_vr), build_network(net, input_vr)
+    expected, gradient = logits_and_gradient(lambda x: net(input_vr(x)), input_vr, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, half_gradient = logits_and_gradient(network, input_vr, images)
+    assert (got - expected).norm() < 0.03 * expected.norm()
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), half_gradient.flatten(), 0) > 0.9
+
+
+def test_networks_are_compared_without_tf32_and_settings_come_back():
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, []
+
+    def settings():
+        return cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+
+    kept, (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) = settings(), (True, True, True)
+    try:
+        net = random_net(7, 48, torch.float32)
+        net.register_forward_pre_hook(lambda *_: seen.append(settings()))
+        build_network(net, with_random_program(PaddingVR(48, 10, MEAN, STD), torch.float32))
+        assert (False, False, False) in seen and settings() == (True, True, True)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = kept
+
+
+def test_a_kernel_that_disagrees_is_left_out(monkeypatch):
+    compute = FrozenConv2d.compute
+
+    def broken(self, *args):
+        return compute(self, *args) * (1.1 if self.fused else 1)
+
+    monkeypatch.setattr(FrozenConv2d, "compute", broken)
+    net, input_vr = random_net(7, 48, torch.float32), with_random_program(PaddingVR(48, 10, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert network.description.endswith("left out, as their results disagreed: winograd, fused-ops")
+    assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 1e-3)
+
+
+@pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
+@pytest.mark.parametrize(
+    ("size", "padding"), [((4, 4), (1, 1)), ((7, 7), (1, 1)), ((14, 9), (0, 2)), ((3, 6), (0, 0))]
+)
+def test_winograd_equals_the_direct_sum(size, padding):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 6, *size, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(7, 6, 3, 3, generator=generator), torch.randn(7, generator=generator)
+    expected = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    got = winograd.convolve(x, winograd.transform_weight(weight), bias, padding)
+    assert got.shape == expected.shape and got.is_contiguous(memory_format=torch.channels_last)
+    assert (got - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
+@pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
+def test_winograd_runs_in_both_directions_of_a_network(monkeypatch):
+    calls = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda *args: calls.append(args[0].shape) or convolve(*args))
+    net, input_vr = resnet("resnet18"), with_random_program(PaddingVR(96, 24, MEAN, STD))
+    network = build_network(net, input_vr)
+    calls.clear()
+    assert_same(net, network, input_vr, images_for(input_vr, 8), 1e-5, 5e-3)
+    channels = [shape[1] for shape in calls]
+    assert channels and channels == channels[::-1] and set(channels) <= {128, 256, 512}
+
+
+def test_unknown_switch():
+    with pytest.raises(ValueError, match="unknown switch 'shared-boarder'.*did you mean 'shared-border'"):
+        build_network(nn.Identity(), PaddingVR(8, 2, MEAN, STD), switches=["shared-boarder"])
+
+
+def test_images_of_another_size_are_refused():
+    net, input_vr = random_net(7, 48, torch.float32), PaddingVR(48, 10, MEAN, STD)
+    with pytest.raises(ValueError, match=r"images of shape \(n, 3, 10, 10\), got \(1, 3, 11, 11\)"):
+        build_network(net, input_vr)(torch.rand(1, 3, 11, 11))
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_reach_is_what_a_convolution_of_the_window_touches(kernel, stride, padding):
+    if 2 * padding > kernel + 1:
+        return
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            line = torch.zeros(1, 1, 9)
+            line[..., start:stop] = 1
+            touched = torch.nn.functional.conv1d(line, torch.ones(1, 1, kernel), None, stride, padding)[0, 0] > 0
+            expected = touched.nonzero().flatten().tolist()
+            first, last = Sliding(kernel, stride, padding).reach((start, stop), len(touched))
+            assert list(range(first, last)) == expected
+
+
+def test_flipped_weights_give_the_input_gradient():
+    weight = torch.randn(6, 2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    y = nn.functional.conv2d(x, weight, groups=2)
+    g = torch.randn(y.shape, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((y * g).sum(), x)
+    torch.testing.assert_close(nn.functional.conv2d(g, _flipped(weight, 2), padding=(2, 1), groups=2), expected)

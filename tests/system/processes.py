@@ -1,0 +1,115 @@
+"""The scripts in processes of their own, which start at once: forked from one that has imported everything.
+
+They are processes like any other: they can be killed, get signals, and are told by the environment that they are one
+of several, as ``torchrun`` tells them.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tools.training.run_folder import load_checkpoint, read_json
+
+ROOT = Path(__file__).parents[2]
+_QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": f"{ROOT}"}
+PARTS = {
+    "train_vm": ["--backbone", "efficientnet_lite0", "--canvas-size", "48"],
+    "train_vm_fast": ["--backbone", "efficientnet_lite0", "--canvas-size", "48"],
+    "train_vlm": ["--backbone", "tiny-test", "--weights", "none", "--lr", "10"],
+}
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    os.environ.update(_QUIET)  # of the server, and so of all that it forks
+    context.set_forkserver_preload(["tests.system.processes_preload"])
+    return context
+
+
+def _run(script, arguments, log, environment):
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(environment)
+    try:
+        sys.exit(import_module(script).main(arguments))
+    finally:
+        sys.stdout.flush()
+
+
+def start(script, results, *arguments, environment=None):
+    """Start a script on the synthetic data set; a `multiprocessing.Process` whose output goes to ``results``.log."""
+    results = Path(results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    command = ["--dataset", "synthetic", "--device", "cpu", "--results-path", str(results)]  # a GPU's bits may differ
+    command += [*PARTS[script], *map(str, arguments)]
+    process = _context().Process(target=_run, args=(script, command, str(log_of(results)), environment or {}))
+    process.start()
+    return process
+
+
+def run(script, results, *arguments, timeout=120):
+    """Run a script to its end; exit code."""
+    process = start(script, results, *arguments)
+    return finish(process, timeout)
+
+
+def finish(process, timeout=120):
+    """Wait for a process; its exit code. One that hangs is killed and fails the test."""
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"still running after {timeout} s")
+    return process.exitcode
+
+
+def start_group(count, script, results, *arguments):
+    """Start a script as ``count`` processes that work together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(script, results, *arguments, environment={
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        })
+        for rank in range(count)
+    ]
+
+
+def log_of(results):
+    return Path(f"{results}.log")
+
+
+def folder_of(results):
+    """The only run folder below ``results``, None while there is none."""
+    found = [path.parent for path in Path(results).rglob("config.json")]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def outcome(results):
+    """Everything that a finished run leaves, less times and places, in a form to compare bit by bit."""
+    folder = folder_of(results)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    checkpoints = {name: _plain(load_checkpoint(folder / name)) for name in ("last.pt", "best.pt")}
+    return {"result": read_json(folder / "result.json"), "metrics": lines, **checkpoints}
+
+
+def _plain(value):
+    if hasattr(value, "numpy"):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if k not in ("seconds", "results_path", "workers")}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
