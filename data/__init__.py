@@ -1,6 +1,7 @@
 """Data sets as uint8 pictures on the device, in batches."""
 
-from data.ilmvp import clean_class_name, write_ilmvp
+from data.class_names import clean_class_name
+from data.ilmvp import write_ilmvp
 from data.image_set import ImageSet, UnreadableImage
 from data.loader import Batch, BatchLoader
 from data.presets import (

@@ -59,3 +59,9 @@ GTSRB = [
     "end of no passing",
     "end of no passing by vehicles over 3.5 metric tons",
 ]
+
+
+def clean_class_name(name):
+    """Lower-case, with ``_`` and ``-`` turned into spaces: ``"Hard-leaved_Orchid"`` to ``"hard leaved
+    orchid"``."""
+    return name.lower().replace("_", " ").replace("-", " ")

@@ -12,11 +12,9 @@ each key   pickled (encoded image as bytes, label as int)
 opened.
 """
 
-import io
 import json
 import os
 import pickle
-import pickletools
 import shutil
 import tempfile
 import threading
@@ -27,75 +25,14 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
-from data.presets import open_image
+from data.class_names import clean_class_name
+from data.decode import open_image
+from data.files import sync_folder
+from data.restricted_pickle import restricted_loads
 
-MAX_RECORD_BYTES = 64 << 20
 MAX_SPLIT_BYTES = 256 << 20
 MAX_CLASSES = 1_000_000
 MAX_SAMPLES = 100_000_000
-
-# All that a pickle of int, bytes, str, list and tuple consists of in protocols 2 to 5. Nothing here can name
-# a class, call anything, or (unlike the text opcodes of protocol 0) take long over a number.
-_OPCODES = frozenset(
-    "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
-    "BININT BININT1 BININT2 LONG1 SHORT_BINBYTES BINBYTES BINBYTES8 "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
-    "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3".split()
-)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("refused a persistent id")
-
-
-def restricted_loads(data, where, max_opcodes=64):
-    """Unpickle int, bytes, str, list and tuple, and nothing else.
-
-    The opcodes are checked before anything is executed: sizes lie within the data, so that a few bytes can't
-    ask for gigabytes, and memo indices count up, since the C unpickler allocates a table up to the largest
-    one.
-
-    Parameters
-    ----------
-    data : bytes-like
-        At most `MAX_RECORD_BYTES`.
-    where : str
-        Names file and key in error messages.
-    max_opcodes : int
-        Length of the longest pickle to go through; a sample takes about ten.
-
-    Raises
-    ------
-    ValueError
-        Anything else is in there, or the data are damaged.
-    """
-    if len(data) > MAX_RECORD_BYTES:
-        raise ValueError(f"{where}: record of {len(data):,} bytes; at most {MAX_RECORD_BYTES:,} are read")
-    data, memo = bytes(data), 0
-    try:
-        for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if steps >= max_opcodes:
-                raise pickle.UnpicklingError(f"more than {max_opcodes} opcodes")
-            if opcode.name not in _OPCODES:
-                raise pickle.UnpicklingError(f"opcode {opcode.name} is not allowed")
-            if opcode.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-                if opcode.name != "MEMOIZE" and argument > memo:
-                    raise pickle.UnpicklingError("memo index out of order")
-                memo += 1
-            if opcode.name == "FRAME" and argument > len(data):
-                raise pickle.UnpicklingError("frame longer than the record")
-        return _Unpickler(io.BytesIO(data)).load()
-    except Exception as error:  # damaged pickles raise nearly anything
-        reason = str(error).partition("\n")[0][:120]
-        raise ValueError(
-            f"{where}: not a safe pickle of int, bytes, str, list and tuple "
-            f"({type(error).__name__}: {reason}); fetch or prepare this file again"
-        ) from None
-
 
 def _short(key):
     return repr(key if len(key) <= 40 else key[:40])
@@ -283,12 +220,6 @@ def _bounded(number):
     return str(number) if abs(number) < 10**18 else "beyond 18 digits"
 
 
-def clean_class_name(name):
-    """Lower-case, with ``_`` and ``-`` turned into spaces: ``"Hard-leaved_Orchid"`` to ``"hard leaved
-    orchid"``."""
-    return name.lower().replace("_", " ").replace("-", " ")
-
-
 def read_split(path):
     """Class names and label counts of a ``split.json``.
 
@@ -465,10 +396,3 @@ def _write_lmdb(path, samples, num_classes):
     return listed
 
 
-def sync_folder(path):
-    """Have the names in a folder survive a loss of power, as ``os.fsync`` has the bytes of a file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 
 from data import ilmvp, sources
 from data.cache import all_or_none, stored_images
+from data.class_names import clean_class_name
 from data.image_set import ImageSet
 
 
@@ -191,7 +192,7 @@ def _open(name, data_path):
         )
         return list(class_names), make("train"), make("test"), nothing_to_check
     if name in sources.TORCHVISION:
-        class_names = [ilmvp.clean_class_name(each) for each in sources.TORCHVISION[name][3]]
+        class_names = [clean_class_name(each) for each in sources.TORCHVISION[name][3]]
         train, test = (sources.TorchvisionSource(name, data_path, split) for split in ("train", "test"))
         return class_names, train, test, nothing_to_check
 
@@ -208,7 +209,7 @@ def _open(name, data_path):
         )
     if name not in DATASETS and not (folder / "train.lmdb").exists():
         train, test, names = sources.class_folders(folder)
-        class_names = [ilmvp.clean_class_name(each) for each in names]
+        class_names = [clean_class_name(each) for each in names]
         double = next((i for i, each in enumerate(class_names) if each in class_names[:i]), None)
         if double is not None:
             first = names[class_names.index(class_names[double])]

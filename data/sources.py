@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data.class_names import CIFAR10, CIFAR100, GTSRB
-from data.presets import open_image
+from data.decode import open_image
 
 MAX_FILE_BYTES = 256 << 20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

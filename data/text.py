@@ -8,7 +8,7 @@ classification with a single template uses.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.ilmvp import clean_class_name
+from data.class_names import clean_class_name
 
 DEFAULT_TEMPLATE = "This is a photo of a {}."
 

@@ -9,26 +9,18 @@ Suffixes of arrays: n images, s prompts (S), t classes (T), d embedding dimensio
 """
 
 import difflib
-import hashlib
 import importlib.util
 import json
-import os
-import pickle
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from models.checkpoint_file import read_checkpoint
 from models.classifiers import Classifier
-from models.hub import cached_file, file_url, is_reachable
-from models.torchvision_shim import ensure_torchvision
+from models.clip_weights import find_weights, import_open_clip, is_torchscript, load_weights, one_line
+from models.text_embeddings import embed_texts
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu"
 
@@ -186,97 +178,21 @@ def load_clip(name, weights=None, seed=0):
         Weights that are neither on this machine nor can be downloaded.
     """
     config = _look_up(name)
-    file, published = _find_weights(name, weights)
+    file, published = find_weights(name, weights)
     # OpenAI's weights want QuickGELU under every architecture name; GELU would cost accuracy without a word.
-    if published.get("quick_gelu") or (file is not None and _is_torchscript(file)):
+    if published.get("quick_gelu") or (file is not None and is_torchscript(file)):
         config["quick_gelu"] = True
     model, tokenizer = _build(name, config, seed)
     if file is not None:
-        _load_weights(model, file, name)
+        load_weights(model, file, name)
     return Clip(model, tokenizer, name, _input_size(name, model), **_preprocessing(name, published))
-
-
-def embed_texts(model, tokenizer, texts, *, cache_path=None, device="cpu", batch_size=256):
-    """Text embeddings of length one, (S, D) float32 on ``device``, computed once and then read from disk.
-
-    Parameters
-    ----------
-    model, tokenizer
-        As in `Clip`, the model in eval mode on ``device``.
-    texts : list of str
-    cache_path : str or Path, optional
-        Folder for the file ``text_<key>.pt``. The key is a digest of the text side's architecture and
-        weights, the tokenizer and the texts; a file that is damaged is made again.
-    batch_size : int
-        Texts in one pass of the text tower.
-    """
-    file = None if cache_path is None else Path(cache_path) / f"text_{_text_key(model, tokenizer, texts)}.pt"
-    embeddings = None if file is None else _read_embeddings(file, len(texts))
-    if embeddings is None:
-        batches = range(0, len(texts), batch_size)
-        rows = []
-        with torch.no_grad():
-            for start in tqdm(batches, desc="text embeddings", unit="batch", disable=None, leave=False):
-                tokens = tokenizer(texts[start : start + batch_size]).to(device)
-                rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).cpu())
-        embeddings = torch.cat(rows)
-        if file is not None:
-            _write_embeddings(file, embeddings)
-    return embeddings.to(device)
-
-
-def _text_key(model, tokenizer, texts):
-    digest = hashlib.sha256()
-    # The printed model tells activations apart, which weights alone do not.
-    settings = [repr(model), type(tokenizer).__name__, getattr(tokenizer, "context_length", None), texts]
-    digest.update(json.dumps(settings).encode())
-    for key, value in model.state_dict().items():
-        if not key.startswith("visual."):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:24]
-
-
-def _checksum(embeddings):
-    return hashlib.sha256(embeddings.numpy()).hexdigest()
-
-
-def _read_embeddings(file, num_texts):
-    try:
-        stored = read_checkpoint(file)
-        embeddings = stored["embeddings"]
-        intact = len(embeddings) == num_texts and _checksum(embeddings) == stored["checksum"]
-    except Exception:  # absent, cut off or foreign: it can fail anywhere in the reader, and is made again
-        return None
-    return embeddings if intact else None
-
-
-def _write_embeddings(file, embeddings):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            torch.save({"embeddings": embeddings, "checksum": _checksum(embeddings)}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _open_clip():
-    ensure_torchvision()
-    import open_clip
-
-    return open_clip
 
 
 def _look_up(name):
     """open_clip's configuration of an architecture, a dict that the caller may change."""
     if name == TINY_BACKBONE:
         return json.loads(json.dumps(_TINY_CONFIG))
-    open_clip = _open_clip()
+    open_clip = import_open_clip()
     names = open_clip.list_models()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
@@ -292,7 +208,7 @@ def _look_up(name):
 
 def _build(name, config, seed):
     """Randomly initialised model of open_clip's classes, and its tokenizer."""
-    open_clip = _open_clip()
+    open_clip = import_open_clip()
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
@@ -308,7 +224,7 @@ def _build(name, config, seed):
             return model, open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # what a model asks of timm, transformers and their hub differs a lot
-        raise ValueError(f"backbone {name!r} cannot be built here: {_one_line(error)}") from error
+        raise ValueError(f"backbone {name!r} cannot be built here: {one_line(error)}") from error
 
 
 def _preprocessing(name, published):
@@ -317,7 +233,7 @@ def _preprocessing(name, published):
     A local file does not say; it gets that of the architecture's published weights where all of them agree,
     else OpenAI's, which most share.
     """
-    open_clip = _open_clip()
+    open_clip = import_open_clip()
     defaults = {
         "mean": open_clip.OPENAI_DATASET_MEAN,
         "std": open_clip.OPENAI_DATASET_STD,
@@ -340,143 +256,3 @@ def _input_size(name, model):
     return height
 
 
-def _find_weights(name, weights):
-    """(file, open_clip's description of the published weights); (None, {}) for random weights."""
-    open_clip = _open_clip()
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    weights = weights if weights is None else str(weights)
-    if weights == "none":
-        return None, {}
-    if weights is None:
-        if "openai" not in tags and len(tags) != 1:
-            known = f"one of {', '.join(tags)}, or" if tags else "none are published, pass"
-            raise ValueError(f"backbone {name!r} needs --weights: {known} a file, or none for a smoke test")
-        weights = "openai" if "openai" in tags else tags[0]
-    published = open_clip.get_pretrained_cfg(name, weights)
-    if published:
-        return _download(open_clip, name, weights, published), published
-    if Path(weights).is_file():
-        return Path(weights), {}
-    if Path(weights).suffix or os.sep in weights:
-        raise FileNotFoundError(f"--weights {weights}: no such file")
-    close = difflib.get_close_matches(weights, tags, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    allowed = f"choose from {', '.join(tags)}, or" if tags else "none are published: pass"
-    raise ValueError(
-        f"--weights {weights!r} is neither a file nor weights of {name!r}{hint}; {allowed} a local file, or none for "
-        "a smoke test"
-    )
-
-
-def _download(open_clip, name, tag, published):
-    """File of published weights: from the hub's cache, their address (checksum tested), or the hub."""
-    hub, url = published.get("hf_hub", ""), published.get("url", "")
-    repository, _, file = hub.rpartition("/")
-    files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    if hub:
-        cached = cached_file(repository, files)
-        if cached is not None:
-            return cached
-    reason = "no connection"
-    hub_url = file_url(repository, files[0]) if hub else ""
-    sources = [source for source in (url, hub_url) if source]
-    for source in sources:
-        if source == url or is_reachable(source):
-            try:
-                return Path(open_clip.download_pretrained(published, prefer_hf_hub=source != url))
-            except Exception as error:  # the hub's client and urllib have no error in common
-                reason = _one_line(error)
-    raise FileNotFoundError(
-        f"the weights {tag!r} of {name} are not on this machine and could not be downloaded ({reason}); "
-        f"fetch {sources[0]} and pass --weights FILE, or for a smoke test without meaning --weights none"
-    )
-
-
-def _load_weights(model, file, name):
-    open_clip = _open_clip()
-    try:
-        if _is_torchscript(file):
-            model.load_state_dict(read_torchscript_state_dict(file))
-        else:
-            open_clip.load_checkpoint(model, str(file))
-    except Exception as error:  # conversion of a foreign file fails wherever its first surprise lies
-        raise ValueError(
-            f"--weights {file} is not a checkpoint of --backbone {name}: {_one_line(error)}; "
-            "name the architecture that the file was saved from"
-        ) from error
-
-
-def _is_torchscript(file):
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
-
-
-def read_torchscript_state_dict(file):
-    """Tensors of a TorchScript archive, the form of OpenAI's ``.pt`` files, without running the code in it.
-
-    Modules become plain holders of attributes; of everything else the archive's pickle may name only tensors,
-    their storages and OrderedDict.
-
-    Parameters
-    ----------
-    file : str or Path
-
-    Returns
-    -------
-    dict of str to Tensor on the CPU, less the constants that OpenAI stores beside the weights.
-
-    Raises
-    ------
-    pickle.UnpicklingError
-        For an archive that names anything else.
-    """
-    constants = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
-    kinds = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool")
-    dtypes = {f"{kind}Storage": getattr(torch, kind.lower()) for kind in kinds}
-
-    class Module:
-        pass
-
-    def rebuild_tensor(storage, offset, size, stride, *_):
-        return storage.as_strided(size, stride, offset)
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "__torch__" or module.startswith("__torch__."):
-                return Module
-            if module == "torch" and name in dtypes:
-                return dtypes[name]
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return rebuild_tensor
-            if (module, name) == ("collections", "OrderedDict"):
-                return dict
-            raise pickle.UnpicklingError(f"the archive names {module}.{name}, which no CLIP weights need")
-
-        def persistent_load(self, reference):
-            _, dtype, key, _, _ = reference
-            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{key}")), dtype=dtype)
-
-    state = {}
-
-    def collect(module, prefix):
-        for key, value in vars(module).items():
-            if isinstance(value, Module):
-                collect(value, f"{prefix}{key}.")
-            elif isinstance(value, torch.Tensor) and key not in constants:
-                state[prefix + key] = value
-
-    with zipfile.ZipFile(file) as archive:
-        pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-        root = pickled.removesuffix("/data.pkl")
-        with archive.open(pickled) as stream:
-            collect(Unpickler(stream).load(), "")
-    return state
-
-
-def _one_line(error, limit=160):
-    """The telling part of an error: load_state_dict puts a heading above its first difference."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
-    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import DATASETS, check_dataset_name, clean_class_name
+from data.decode import open_image
 from data.ilmvp import LmdbSource, check_against_split, read_split
-from data.presets import open_image
 from data.sources import TORCHVISION, TorchvisionSource, class_folders
 from tools.console import Parser, user_errors
 

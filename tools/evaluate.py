@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from data import BatchLoader
+from data.files import write_json, write_text
 from tools.console import Parser, one_line_warnings, user_errors
 from tools.training.finished import add_run_arguments, load_run
-from tools.training.run_folder import check_writable, write_json, write_text
+from tools.training.run_folder import check_writable
 
 CALIBRATION_BINS = 15
 

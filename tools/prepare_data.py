@@ -34,8 +34,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DATASETS, write_ilmvp
-from data.ilmvp import MAX_RECORD_BYTES, read_split
-from data.presets import open_image
+from data.decode import open_image
+from data.ilmvp import read_split
+from data.restricted_pickle import MAX_RECORD_BYTES
 from models.torchvision_shim import ensure_torchvision
 from tools.console import Parser, user_errors
 

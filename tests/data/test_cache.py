@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from data import cache, clip_preset, load_task, padding_preset, watermarking_train_preset
+from data.decode import open_image
 from data.ilmvp import LmdbSource
 from data.image_set import ImageSet, Rows, Streamed
-from data.presets import Preset, open_image
+from data.presets import Preset
 from models.torchvision_shim import ensure_torchvision
 from tests.data.helpers import make_class_folders, make_ilmvp, picture, put
 

@@ -15,16 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.ilmvp import (
-    MAX_RECORD_BYTES,
-    LmdbSource,
-    check_against_split,
-    clean_class_name,
-    read_split,
-    restricted_loads,
-    write_ilmvp,
-)
-from data.presets import MAX_PIXELS
+from data.class_names import clean_class_name
+from data.decode import MAX_PIXELS
+from data.ilmvp import LmdbSource, check_against_split, read_split, write_ilmvp
+from data.restricted_pickle import MAX_RECORD_BYTES, restricted_loads
 from tests.data.helpers import edit_split, make_ilmvp, picture, put
 
 REAL_DATA = os.environ.get("BLM_REAL_DATA")

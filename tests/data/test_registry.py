@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from data import DATASETS, check_dataset_name, image_size, load_task, padding_preset, sources
-from data.class_names import CIFAR10, CIFAR100, GTSRB
-from data.ilmvp import clean_class_name
-from data.presets import open_image
+from data.class_names import CIFAR10, CIFAR100, GTSRB, clean_class_name
+from data.decode import open_image
 from data.registry import stratified_subset
 from models.torchvision_shim import ensure_torchvision
 from tests.data.helpers import edit_split, make_class_folders, make_ilmvp, picture, put

@@ -11,8 +11,10 @@ import torch
 
 from data import clip_preset, load_task
 from data.text import build_prompts
-from models import build_classifier, clip
-from models.clip import TINY_BACKBONE, Clip, embed_texts, load_clip, read_torchscript_state_dict
+from models import build_classifier, clip, clip_weights, text_embeddings
+from models.clip import TINY_BACKBONE, Clip, load_clip
+from models.clip_weights import read_torchscript_state_dict
+from models.text_embeddings import embed_texts
 from models.torchvision_shim import ensure_torchvision
 from tests.data.helpers import write_flowers_subset
 from tests.models.meaningful_clip import build_meaningful_clip
@@ -166,7 +168,7 @@ def test_a_damaged_text_cache_is_made_again(tmp_path, damage):
     elif damage == "pickle":
         file.write_bytes(pickle.dumps(print, protocol=2))
     else:
-        clip._write_embeddings(file, first[:5])
+        text_embeddings._write_embeddings(file, first[:5])
     again, seen = embed(tmp_path)
     assert seen == 9 and torch.equal(first, again)
     assert embed(tmp_path)[1] == 0 and list(tmp_path.iterdir()) == [file]
@@ -300,7 +302,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_address_and_flag(monkey
     def unreachable(*_, **__):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(clip, "is_reachable", lambda url: False)
+    monkeypatch.setattr(clip_weights, "is_reachable", lambda url: False)
     monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(FileNotFoundError, match="no route.*/ViT-B-32.pt and pass --weights FILE") as caught:

@@ -12,7 +12,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from tools.training.run_folder import load_checkpoint, read_json
+from data.files import read_json
+from tools.training.run_folder import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 _QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": f"{ROOT}"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.files import write_json
 from tools.report import __main__ as report
-from tools.training.run_folder import write_json
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

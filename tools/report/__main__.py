@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from data.files import read_json
 from mapping import MAPPINGS
 from tools.console import Parser, user_errors
 from tools.training.pattern_image import pattern_picture
-from tools.training.run_folder import FREE_SETTINGS, load_checkpoint, read_json
+from tools.training.run_folder import FREE_SETTINGS, checkpoint_path, load_checkpoint
 
 KINDS = {"vm": "train_vm", "vm_fast": "train_vm_fast", "vlm": "train_vlm"}
 
@@ -356,7 +357,7 @@ def as_html(rows):
 
 
 def _details(run, name_lists):
-    path = run.folder / "last.pt"
+    path = checkpoint_path(run.folder)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is gone; the page needs it for pattern and mapping")
     checkpoint = load_checkpoint(path)

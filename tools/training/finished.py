@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import torch
 
+from data.files import read_json
 from tools.console import torch_device
 from tools.training.build import SPLITS, System, assemble, assemble_clip
-from tools.training.run_folder import load_checkpoint, read_json, run_folder
+from tools.training.run_folder import checkpoint_path, load_checkpoint, run_folder
 from tools.training.trainer import pretrained_logits, set_up_arithmetic
 
 _ASSEMBLE = {"vm": assemble, "vm_fast": assemble, "vlm": assemble_clip}
@@ -104,7 +105,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     """
     folder = Path(folder)
     kind, settings = _read_config(folder)
-    path = folder / f"{checkpoint}.pt"
+    path = checkpoint_path(folder, checkpoint)
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {path.name}: the run was cut off before the end of its first epoch; start it again "

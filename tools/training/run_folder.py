@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data.ilmvp import sync_folder
+from data.files import read_json, sync_folder, write_json, write_text
 from models.checkpoint_file import read_checkpoint
 
 # settings that may differ between a run and its continuation: they change where and how, not what
@@ -248,6 +248,11 @@ def summarise(settings, metrics):
     }
 
 
+def checkpoint_path(folder, name="last"):
+    """The file of a run's checkpoint: ``last``, ``previous`` or ``best``."""
+    return Path(folder) / f"{name}.pt"
+
+
 def load_checkpoint(path):
     """Read a checkpoint of a run folder on the CPU, checking that it is whole.
 
@@ -281,35 +286,6 @@ def _is_checkpoint(value):
 
 def _is_accuracy(value):
     return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-def read_json(path):
-    """The content of a JSON file; ValueError names the file where it holds none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no valid JSON ({error})") from error
-
-
-def write_json(path, value):
-    """Write ``value`` to a JSON file so that it is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path, text):
-    """Write ``text`` to a file so that it is there whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {error}; what was there is untouched") from error
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _save_durably(value, path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.training import run_folder as runs
+from data.files import read_json
 from tools.training.run_folder import Run, check_writable, load_checkpoint, run_folder, summarise
 
 SETTINGS = {"dataset": "digits", "backbone": "resnet18", "reprogramming": "padding", "mapping": "blm", "seed": 0,
@@ -83,7 +83,7 @@ def test_other_settings_are_refused_and_listed(tmp_path):
     assert "device" not in str(caught.value) and "--overwrite" in str(caught.value)
     run = Run(tmp_path / "run", "vm", SETTINGS | {"epochs": 5}, overwrite=True)
     assert run.open() is None
-    assert runs.read_json(tmp_path / "run" / "config.json")["settings"]["epochs"] == 5
+    assert read_json(tmp_path / "run" / "config.json")["settings"]["epochs"] == 5
     run.close()
 
 
