@@ -521,7 +521,7 @@ def test_labels_that_get_equal_logits():
     assert mapping.weights[:, 0].equal(mapping.weights[:, 2])
     assert mapping.indistinct_labels() == [[0, 2], [1, 4]]
     predicted = mapping(random_batch(50, 3, 5)[0]).argmax(1)
-    assert {2, 4}.isdisjoint(predicted.tolist()) and {0, 1} <= set(predicted.tolist())
+    assert set(predicted.tolist()) == {0, 3}  # of equal logits the smallest label
     assert estimated("ilm", [[1, 1], [0, 0]]).indistinct_labels() == []
     assert build_mapping("linear", 4, 50).indistinct_labels() == []
 
