@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 from data import check_dataset_name
-from mapping import MAPPINGS, Setting, check_mapping_name
+from mapping import MAPPINGS, Setting, check_mapping_name, mapping_settings
 from models import REPROGRAMMING, SWITCHES, check_reprogramming_name
 
 # What the paper sets for single data sets: DTD and OxfordPets are small, with 256 an epoch is a dozen steps. The
@@ -110,7 +110,9 @@ class Config:
     @classmethod
     def settings_of_all(cls):
         """Every setting that a command line may name, a dict of name to `Setting`: those of all parts included."""
-        return {f.name: Setting(f.name, f.default, **f.metadata) for f in fields(cls)} | _settings_of_parts()
+        return {f.name: Setting(f.name, f.default, **f.metadata) for f in fields(cls)} | {
+            name: setting for name, (setting, *_) in settings_of_parts().items()
+        }
 
     @classmethod
     def of(cls, **given):
@@ -169,29 +171,28 @@ class Config:
         return Path(self.results_path) / self.kind / _as_file_name(self.dataset) / name
 
 
-def _settings_of_parts():
-    """The settings that single mappings and input VRs declare; those of one name must be one object."""
-    found = {}
-    for part in (*MAPPINGS.values(), *REPROGRAMMING.values()):
-        for setting in part.settings:
-            if found.setdefault(setting.name, setting) is not setting:
+def settings_of_parts():
+    """The settings that single mappings and input VRs declare; a dict of name to (`Setting`, kind of part, users)."""
+    found = {name: (setting, "mapping", users) for name, (setting, users) in mapping_settings().items()}
+    for part, entry in REPROGRAMMING.items():
+        for setting in entry.settings:
+            known, _, users = found.setdefault(setting.name, (setting, "reprogramming", []))
+            if known is not setting:
                 raise ValueError(f"two parts declare a setting {setting.name!r}; rename that of the plugin")
+            users.append(part)
     return found
 
 
 def _refuse_settings_without_effect(given, values):
-    known = _settings_of_parts()
+    known = settings_of_parts()
     for name, value in given.items():
         if name not in known:
             raise TypeError(f"unknown setting {name!r}")
-        if value != known[name].default:
-            users = {
-                what: [part for part, entry in registry.items() if known[name] in entry.settings]
-                for what, registry in (("mapping", MAPPINGS), ("reprogramming", REPROGRAMMING))
-            }
-            what = "mapping" if users["mapping"] else "reprogramming"
-            raise ValueError(f"{known[name].flag} is for {' and '.join(users[what])}, but the {what} is "
-                             f"{values[what]}; leave it out")
+        setting, kind, users = known[name]
+        if value != setting.default:
+            raise ValueError(
+                f"{setting.flag} is for {' and '.join(users)}, but the {kind} is {values[kind]}; leave it out"
+            )
 
 
 def _metadata(setting):
@@ -253,10 +254,7 @@ def flags_page():
     vm, vlm = VMConfig.settings_of_all(), VLMConfig.settings_of_all()
     lines = ["# Flags", "", "Written by `python cfg.py`. The same for the three scripts; *CLIP* marks where "
              "`train_vlm.py` differs. `--help` prints them, too.", ""]
-    users = {}
-    for name, part in (MAPPINGS | REPROGRAMMING).items():
-        for setting in part.settings:
-            users.setdefault(setting.name, []).append(name)
+    users = {name: users for name, (_, _, users) in settings_of_parts().items()}
     for group in dict.fromkeys(setting.group for setting in vlm.values()):
         lines += [f"## {group[0].upper()}{group[1:]}", "", "| flag | default | meaning | range | affects |",
                   "| --- | --- | --- | --- | --- |"]
@@ -265,7 +263,7 @@ def flags_page():
                 continue
             vision = vm.get(name, clip)
             default, meaning = (
-                _both(of(vision), of(clip)) for of in (lambda s: s.shown_default, lambda s: s.help)
+                _both(of(vision), of(clip)) for of in (_shown_default, lambda setting: setting.help)
             )
             meaning += f" (for {', '.join(users[name])})" if name in users else ""
             allowed = clip.allowed or ", ".join(f"`{choice}`" for choice in clip.choices)
@@ -273,6 +271,12 @@ def flags_page():
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _shown_default(setting):
+    if isinstance(setting.default, bool):
+        return "off"
+    return "" if setting.default is None else f"`{setting.default}`"
 
 
 def _both(vision, clip):

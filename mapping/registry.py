@@ -11,10 +11,10 @@ from .label_mapping import LinearMapping, MatrixMapping, OneToOneMapping
 from .settings import Setting
 
 LAPLACE = Setting(
-    "laplace", 1.0, "Laplace smoothing λ of blm and blmpp, 0 or more", "0 or more", lambda value: 0 <= value < math.inf
+    "laplace", 1.0, "Laplace smoothing λ of blm and blmpp", "0 or more", lambda value: 0 <= value < math.inf
 )
 TOPK_RATIO = Setting(
-    "topk_ratio", 0.15, "α of blmpp: K = max(1, ⌊αT⌋), (0, 1]", "in (0, 1]", lambda value: 0 < value <= 1
+    "topk_ratio", 0.15, "α of blmpp: K = max(1, ⌊αT⌋) probabilities per image", "in (0, 1]", lambda value: 0 < value <= 1
 )
 LINEAR_VARIANT = Setting(
     "linear_variant", "none", "linear: with bias, without, or weights through a sigmoid",

@@ -27,7 +27,10 @@ def write_checkpoint(path, values):
     path, tensors = Path(path), {}
     content = json.dumps(_without_tensors(values, "", tensors))
     try:
+        path.touch()
+        mode = path.stat().st_mode
         save_file(tensors, path, {"content": content, "checksum": _checksum(content, tensors)})
+        path.chmod(mode)  # which the library leaves readable by its owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
