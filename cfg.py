@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
 from data import check_dataset_name
@@ -75,7 +75,10 @@ class Config:
     backbone: str = option("resnet18", "backbone", "")
     weights: str | None = option(None, "backbone", "", type=str)
 
-    epochs: int = option(200, "training", "passes over the training set", *at_least(1))
+    epochs: int = option(
+        200, "training", "passes over the training set; 0: one estimate and one evaluation with θ as it starts, which "
+        "is all there is where nothing is trained", *at_least(0),
+    )
     batch_size: int = option(256, "training", "images per step (dtd, oxfordpets: 64; digits: 16)", *at_least(1))
     lr: float = option(0.01, "training", "learning rate of θ", "above 0", lambda lr: 0 < lr < float("inf"))
     seed: int = option(0, "training", "seed of every draw", "in [0, 2^63)", lambda seed: 0 <= seed < 2**63)
@@ -111,7 +114,8 @@ class Config:
     def settings_of_all(cls):
         """Every setting that a command line may name, a dict of name to `Setting`: those of all parts included."""
         return {f.name: Setting(f.name, f.default, **f.metadata) for f in fields(cls)} | {
-            name: setting for name, (setting, *_) in settings_of_parts().items()
+            name: replace(setting, help=f"{setting.help} (for {', '.join(users)})")
+            for name, (setting, _, users) in settings_of_parts().items()
         }
 
     @classmethod
@@ -124,11 +128,12 @@ class Config:
             A value out of range, or one for a mapping or input VR that is not chosen.
         """
         common = {f.name: f.default for f in fields(cls)}
-        recipe = RECIPES.get(given.get("dataset", common["dataset"]), {})
-        values = common | recipe | given
-        check_dataset_name(values["dataset"])
-        values["mapping"] = check_mapping_name(values["mapping"])
-        check_reprogramming_name(values["reprogramming"])
+        chosen = common | given
+        check_dataset_name(chosen["dataset"])
+        check_reprogramming_name(chosen["reprogramming"])
+        chosen["mapping"] = check_mapping_name(chosen["mapping"])
+        values = common | recipe(chosen) | {name: chosen[name] for name in ("mapping", *given)}
+        _refuse_epochs_without_training(values)
         parts = {"mapping": MAPPINGS[values["mapping"]], "reprogramming": REPROGRAMMING[values["reprogramming"]]}
         own = {s.name: s for part in parts.values() for s in part.settings}
         _refuse_settings_without_effect({k: v for k, v in given.items() if k not in common and k not in own}, values)
@@ -155,7 +160,7 @@ class Config:
     @property
     def distinct(self):
         """The settings that affect the result and differ from the recipe, beside those of every name; a dict."""
-        usual = {f.name: f.default for f in fields(self)} | RECIPES.get(self.dataset, {})
+        usual = {f.name: f.default for f in fields(self)} | recipe(vars(self))
         values = self.that_affect("result")
         return {name: value for name, value in values.items() if name not in NAMED and value != usual[name]}
 
@@ -169,6 +174,24 @@ class Config:
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
             name = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + "-" + digest
         return Path(self.results_path) / self.kind / _as_file_name(self.dataset) / name
+
+
+def recipe(chosen):
+    """What differs from the defaults for the chosen data set, mapping and input VR; a dict."""
+    found = RECIPES.get(chosen["dataset"], {})
+    return found if _trains(chosen) else found | {"epochs": 0}
+
+
+def _trains(chosen):
+    return REPROGRAMMING[chosen["reprogramming"]].trained or MAPPINGS[chosen["mapping"]].trained
+
+
+def _refuse_epochs_without_training(values):
+    if values["epochs"] and not _trains(values):
+        raise ValueError(
+            f"--epochs {values['epochs']}: there is nothing to train with --reprogramming {values['reprogramming']} "
+            f"and --mapping {values['mapping']}, which is estimated once; leave it out"
+        )
 
 
 def settings_of_parts():
@@ -254,7 +277,6 @@ def flags_page():
     vm, vlm = VMConfig.settings_of_all(), VLMConfig.settings_of_all()
     lines = ["# Flags", "", "Written by `python cfg.py`. The same for the three scripts; *CLIP* marks where "
              "`train_vlm.py` differs. `--help` prints them, too.", ""]
-    users = {name: users for name, (_, _, users) in settings_of_parts().items()}
     for group in dict.fromkeys(setting.group for setting in vlm.values()):
         lines += [f"## {group[0].upper()}{group[1:]}", "", "| flag | default | meaning | range | affects |",
                   "| --- | --- | --- | --- | --- |"]
@@ -265,7 +287,6 @@ def flags_page():
             default, meaning = (
                 _both(of(vision), of(clip)) for of in (_shown_default, lambda setting: setting.help)
             )
-            meaning += f" (for {', '.join(users[name])})" if name in users else ""
             allowed = clip.allowed or ", ".join(f"`{choice}`" for choice in clip.choices)
             cells = [f"`{clip.flag}`", default, meaning, allowed, clip.affects]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

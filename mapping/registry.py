@@ -11,17 +11,17 @@ from .label_mapping import LinearMapping, MatrixMapping, OneToOneMapping
 from .settings import Setting
 
 LAPLACE = Setting(
-    "laplace", 1.0, "Laplace smoothing λ of blm and blmpp", "0 or more", lambda value: 0 <= value < math.inf
+    "laplace", 1.0, "Laplace smoothing λ", "0 or more", lambda value: 0 <= value < math.inf
 )
 TOPK_RATIO = Setting(
-    "topk_ratio", 0.15, "α of blmpp: K = max(1, ⌊αT⌋) probabilities per image", "in (0, 1]", lambda value: 0 < value <= 1
+    "topk_ratio", 0.15, "α: each image counts with its K = max(1, ⌊αT⌋) largest probabilities", "in (0, 1]", lambda value: 0 < value <= 1
 )
 LINEAR_VARIANT = Setting(
-    "linear_variant", "none", "linear: with bias, without, or weights through a sigmoid",
+    "linear_variant", "none", "with bias, without, or weights through a sigmoid",
     choices=("none", "nobias", "sigmoid"),
 )  # fmt: skip
 BAYES = Setting("bayes", True, "ablation: ω from P(s|t) in place of P(t|s)")
-TOPK = Setting("topk", True, "ablation: blmpp with all S probabilities")
+TOPK = Setting("topk", True, "ablation: each image counts with all S probabilities")
 ITERATION = Setting("iteration", True, "ablation: estimate ω once, before epoch 0")
 
 
@@ -64,10 +64,13 @@ class Method(NamedTuple):
         ``build(num_source, num_target, *, seed, **its own settings)`` gives the `LabelMapping`.
     settings : tuple of Setting
         Those that are its own; mappings may share one.
+    trained : bool
+        Whether it has parameters for a gradient to train.
     """
 
     build: Callable
     settings: tuple = ()
+    trained: bool = False
 
 
 # A new mapping is a new entry, in a file of its own if need be.
@@ -77,7 +80,7 @@ MAPPINGS = {
     "ilm": Method(_ilm, (ITERATION,)),
     "blm": Method(_blm, (LAPLACE, BAYES, ITERATION)),
     "blmpp": Method(_blmpp, (LAPLACE, TOPK_RATIO, BAYES, TOPK, ITERATION)),
-    "linear": Method(_linear, (LINEAR_VARIANT,)),
+    "linear": Method(_linear, (LINEAR_VARIANT,), trained=True),
 }
 ALIASES = {"blm+": "blmpp", "blmp": "blmpp"}
 

@@ -2,7 +2,7 @@
 
 from models.classifiers import BACKBONES, Classifier, build_classifier
 from models.fast.network import SWITCHES, Network, build_network
-from models.reprogramming import REPROGRAMMING, InputVR, PaddingVR, Reprogramming, WatermarkingVR, build_input_vr, check_reprogramming_name
+from models.reprogramming import PaddingVR, WatermarkingVR
 
 __all__ = [
     "BACKBONES",

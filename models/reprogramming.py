@@ -126,18 +126,3 @@ class WatermarkingVR(_InputVR):
     def pattern(self):
         """What the program adds to every normalised image; (1, 3, C, C), differentiable."""
         return self.mask * self.program
-
-InputVR = _InputVR
-from typing import NamedTuple
-class Reprogramming(NamedTuple):
-    build: object
-    images: str
-    augment: bool = False
-    settings: tuple = ()
-REPROGRAMMING = {
- "padding": Reprogramming(lambda *, canvas_size, image_size, border, mean, std: PaddingVR(canvas_size, image_size, mean, std), "placed"),
- "watermarking": Reprogramming(lambda *, canvas_size, image_size, border, mean, std: WatermarkingVR(canvas_size, border, mean, std), "resized", True),
-}
-def build_input_vr(name, **kw): return REPROGRAMMING[name].build(**kw)
-def check_reprogramming_name(name):
-    if name not in REPROGRAMMING: raise ValueError(name)

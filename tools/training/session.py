@@ -133,8 +133,8 @@ class Session:
                  f"{accuracy['ensemble']:.2%} with the ensemble of all")
 
     def epochs(self):
-        """The numbers of the epochs that are still to be done."""
-        yield from range(self.first_epoch, self.cfg.epochs)
+        """The numbers of the epochs that are still to be done; a run without training has one, to estimate and test."""
+        yield from range(self.first_epoch, max(1, self.cfg.epochs))
 
     def end_epoch(self, epoch, estimating_seconds, trained, tested):
         """Keep an epoch: its metrics, and all that is needed to go on after it.
@@ -171,9 +171,11 @@ class Session:
                     self._tensorboard.add_scalar(name, metrics[name], epoch)
             self._tensorboard.flush()
         shown = "" if change is None else f", mapping change {change:.3g}"
-        self.log(f"epoch {epoch + 1}/{self.cfg.epochs}: loss {trained.loss:.4f}, "
-                 f"train {trained.accuracy:.2%}, test {tested.accuracy:.2%}{shown}, "
-                 f"{sum(seconds.values()):.1f} s")
+        if trained.loss is None:
+            head = "without training: "
+        else:
+            head = (f"epoch {epoch + 1}/{self.cfg.epochs}: loss {trained.loss:.4f}, train {trained.accuracy:.2%}, ")
+        self.log(f"{head}test {tested.accuracy:.2%}{shown}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
         """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""

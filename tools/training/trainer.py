@@ -48,11 +48,11 @@ def learning_rate(schedule, lr, position, epochs):
 
 
 class Trained(NamedTuple):
-    """What an epoch of training came to."""
+    """What an epoch of training came to; None, but for the seconds, where nothing was trained."""
 
-    loss: float  # mean over samples
-    accuracy: float  # fraction of 1
-    lr: float  # at the epoch's first step
+    loss: float | None  # mean over samples
+    accuracy: float | None  # fraction of 1
+    lr: float | None  # at the epoch's first step
     seconds: float
 
 
@@ -99,11 +99,11 @@ class Trainer:
         self.schedule, self.epochs, self.on_nonfinite = schedule, epochs, on_nonfinite
         self.should_stop = should_stop
         self.device = program.device
-        self.optimizers = [optimizer]
+        self.optimizers = [optimizer] if program.requires_grad else []
         if mapping.trainable:
             self.optimizers.append(torch.optim.Adam(mapping.parameters(), lr=0.1))
         self.base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        self.parameters = [program, *mapping.parameters()]
+        self.parameters = [p for p in (program, *mapping.parameters()) if p.requires_grad]
         self.precision = precision
         self.chunk_size = chunk_size_of(network, self.device)
         self.skipped_steps = 0
@@ -127,8 +127,8 @@ class Trainer:
             self.mapping.refresh()
         except FloatingPointError as error:
             if self.on_nonfinite == "stop" or not self.mapping.ready:
-                rate = f"learning rate {self._set_lr(epoch):g}"
-                raise NonFiniteError(f"{_number(epoch)}, estimating the mapping, {rate}: {error}") from error
+                rate = f", learning rate {self._set_lr(epoch):g}" if self.epochs else ""
+                raise NonFiniteError(f"{_number(epoch)}, estimating the mapping{rate}: {error}") from error
             self.skipped_steps += 1
         return self._seconds_since(start)
 
@@ -145,6 +145,8 @@ class Trainer:
         -------
         Trained
         """
+        if not self.epochs or not self.parameters:
+            return Trained(None, None, None, 0.0)
         start = time.perf_counter()
         loader, lr = self.loaders["train"], None
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, seen
@@ -276,7 +278,7 @@ class Trainer:
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.schedule, base, position, self.epochs)
-        return self.optimizers[0].param_groups[0]["lr"]
+        return self.optimizers[0].param_groups[0]["lr"] if self.optimizers else 0.0
 
     def _seconds_since(self, start):
         if self.device.type == "cuda":
