@@ -105,7 +105,7 @@ class Network(nn.Module):
         """
         if self.core is None:
             return self._plain(images)
-        self.input_vr._check(images, self.image_size)
+        self.input_vr.check_images(images)
         shared = self._shared() if self._held is None else self._held
         if not self.core.splits_first_layer:
             images = self.core.crop_input(self.input_vr.embed(images) + shared["pattern"])
