@@ -55,13 +55,15 @@ class Setting:
         return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
 
     def check(self, value):
-        """Make sure that a value is allowed.
+        """Make sure that a value is allowed; None is where it is the default.
 
         Raises
         ------
         ValueError
             It is not; the message gives the flag, what is allowed and the value.
         """
+        if value is None and self.default is None:
+            return
         allowed, holds = self.allowed, False
         try:
             if isinstance(self.default, bool):

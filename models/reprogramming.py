@@ -252,6 +252,8 @@ class Reprogramming:
         Whether a vision model's training images are cropped and flipped at random; CLIPs keep their preprocessing.
     settings : tuple of mapping.Setting
         Settings of its own, by whose names ``build`` takes their values.
+    trained : bool
+        Whether there is a pattern for a gradient to train.
 
     Raises
     ------
@@ -263,6 +265,7 @@ class Reprogramming:
     images: str
     augment: bool = False
     settings: tuple = ()
+    trained: bool = True
 
     def __post_init__(self):
         if self.images not in ("placed", "resized"):
@@ -285,7 +288,7 @@ def _build_none(*, canvas_size, image_size, border, mean, std):
 REPROGRAMMING = {
     "padding": Reprogramming(_build_padding, images="placed"),
     "watermarking": Reprogramming(_build_watermarking, images="resized", augment=True),
-    "none": Reprogramming(_build_none, images="resized"),
+    "none": Reprogramming(_build_none, images="resized", trained=False),
 }
 
 

@@ -165,6 +165,8 @@ class Network(nn.Module):
         with torch.enable_grad():
             logits = path(images)
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+            if not logits.requires_grad:  # an input VR without a pattern
+                return logits, torch.zeros(1)
             return logits.detach(), torch.autograd.grad((logits * weights).sum(), self.input_vr.program)[0]
 
     def _prepare(self, classifier):
