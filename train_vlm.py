@@ -12,11 +12,12 @@ from functools import partial
 import torch
 
 from cfg import VLMConfig, parse
-from tools.console import user_errors
+from tools.console import no_traceback_when_stopped, user_errors
 from tools.training.build import assemble_clip
 from tools.training.session import Session
 
 
+@no_traceback_when_stopped()
 def main(argv=None):
     with user_errors():
         cfg = parse(VLMConfig, __doc__, argv)

@@ -49,7 +49,8 @@ class Session:
     def _set_up(self):
         cfg, start = self.cfg, time.perf_counter()
         device = distributed.local_device(cfg.torch_device)
-        self._stack.enter_context(distributed.process_group(device))
+        with user_errors():
+            self._stack.enter_context(distributed.process_group(device))
         self.main = distributed.rank() == 0
         set_up_arithmetic(device, cfg.precision, cfg.deterministic)
         with user_errors():
