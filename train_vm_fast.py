@@ -12,12 +12,13 @@ from functools import partial
 import torch
 
 from cfg import VMFastConfig
-from tools.console import user_errors
+from tools.console import no_traceback_when_stopped, user_errors
 from tools.training.build import build_vision
 from tools.training.command_line import parse
 from tools.training.session import Session
 
 
+@no_traceback_when_stopped()
 def main(argv=None):
     with user_errors():
         cfg = parse(VMFastConfig, __doc__, argv)

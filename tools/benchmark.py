@@ -49,6 +49,7 @@ NUM_CLASSES = 10
 STEPS = ("estimate", "train", "test")
 
 
+@user_errors()
 def main(argv=None):
     args = parse(argv)
     with user_errors():

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from mapping import build_mapping, check_mapping_name
-from tools.console import Parser, torch_device
+from tools.console import Parser, torch_device, user_errors
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841
 
 
+@user_errors()
 def main(argv=None):
     args = parse(argv)
     print(f"S={args.source} T={args.target} n={args.samples} batch={args.batch_size} {args.device}, torch "

@@ -142,6 +142,7 @@ def _check_classes(class_names, train_labels, published):
     return findings
 
 
+@user_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.check_data", usage="%(prog)s PATH | --dataset NAME", description=__doc__)
     parser.add_argument("path", nargs="?", metavar="PATH", help="folder to check, also written folder:PATH; its "

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import signal
 import sys
 import time
 import warnings
@@ -31,19 +32,39 @@ class MainProcessFailed(ValueError):
 
 
 @contextmanager
-def user_errors():
-    """Turn errors that a user can fix into one line on stderr and exit code 2.
-
-    Of several processes the first one prints; the end of any ends the others, so that another one prints only where
-    process 0 has nothing to say.
-    """
+def no_traceback_when_stopped():
+    """End quietly on Ctrl-C (exit code 130), and where stdout is a pipe that nobody reads, as of ``| head`` (141)."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # by tools/__init__.py, until the imports are done
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # what is left in the buffer would fail at the end once more
+            os.dup2(nowhere.fileno(), 1)
+        sys.exit(128 + signal.SIGPIPE)
+
+
+@contextmanager
+def user_errors():
+    """Turn errors that a user can fix into one line on stderr and exit code 2, and end quietly where stopped.
+
+    Also a decorator for a whole command. Of several processes only process 0 prints the line, unless the error is
+    another one's alone: that one waits, and is ended before it prints where process 0 has failed as well.
+    """
+    try:
+        with no_traceback_when_stopped():
+            yield
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         if not isinstance(error, MainProcessFailed):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raw = isinstance(error, OSError) and error.strerror and error.filename
+            text = f"{error.filename}: {error.strerror}" if raw else str(error)
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
 
 

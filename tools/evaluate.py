@@ -28,6 +28,7 @@ from tools.training.run_folder import check_writable
 CALIBRATION_BINS = 15
 
 
+@user_errors()
 def main(argv=None):
     args = parse(argv)
     with user_errors(), one_line_warnings():

@@ -48,6 +48,7 @@ class ReprogrammedClassifier(nn.Module):
         return self.mapping(self.classifier(self.input_vr.embed(images) + self.pattern))
 
 
+@user_errors()
 def main(argv=None):
     args = parse(argv)
     with user_errors(), one_line_warnings():

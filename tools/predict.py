@@ -34,6 +34,7 @@ from tools.training.finished import add_run_arguments, load_run
 BATCH_SIZE, THREADS = 32, 4
 
 
+@user_errors()
 def main(argv=None):
     args = parse(argv)
     with user_errors(), one_line_warnings():

@@ -408,6 +408,7 @@ def _samples(arguments):
     return torchvision_samples(name, raw)
 
 
+@user_errors()
 def main(argv=None):
     with user_errors():
         arguments = _build_parser().parse_args(argv)

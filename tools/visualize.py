@@ -332,6 +332,7 @@ def draw(run, chosen, folder):
     (folder / "figures.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
 
 
+@user_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.visualize", description=__doc__)
     add_run_arguments(parser)

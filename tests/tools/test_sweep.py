@@ -1,7 +1,11 @@
 """tools.sweep: what a grid becomes, and how its runs are started, followed, skipped and stopped."""
 
+import fcntl
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from tools import check_data, prepare_data
 from tools.sweep import __main__ as sweep
-from tools.sweep import cells, slurm
+from tools.sweep import cells, display, jobs, runner, slurm
 
 GRIDS = sorted((Path(__file__).parents[2] / "tools" / "sweep" / "grids").glob("*.yaml"))
 SMALL = ["--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64",
@@ -171,12 +176,14 @@ def test_sweep_of_real_runs(capsys):
         assert result["final_accuracy"] == metrics[-1]["test_accuracy"] and len(metrics) == 2
         log = Path("r/logs", f"{name}.log").read_text()
         assert log.startswith("$ ") and f"{used} training and 32 test images" in log
-        assert f"{name} finished: {result['final_accuracy']:.2%} final accuracy" in out
+        accuracy = f"{result['final_accuracy']:.2%} final accuracy"
+        finished = rf"^{name} finished: {accuracy}, \d+:\d\d:\d\d; log r/logs/{name}.log; "
+        assert re.search(finished, out, re.MULTILINE)
     assert Path("r/train_fraction=0.5/cache").resolve() == Path("r/cache").resolve()
     assert "3 runs: 2 finished, 1 failed\n" in out
     failed = out.splitlines()[-1]
-    assert failed.startswith("failed: vm/folder-absent/") and failed.endswith(".log")
-    assert "error: absent is not a folder" in failed and "(exit code 2)" in failed
+    assert failed.startswith("vm/folder-absent/") and failed.endswith(".log")
+    assert " failed: error: absent is not a folder" in failed and "(exit code 2)" in failed
 
     before = {path: path.stat().st_mtime_ns for path in Path("r").rglob("*")}
     Path("grid.yaml").write_text(Path("grid.yaml").read_text().rpartition("  -")[0])
@@ -190,6 +197,17 @@ def test_sweep_of_real_runs(capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 runs: 2 waiting")
 
 
+def test_two_sweeps_of_one_grid_share_its_runs():
+    command = [sys.executable, "-m", "tools.sweep", "--dataset", "synthetic", "--seed", "0,1", *SMALL]
+    command += ["--results-path", str(Path("r").absolute())]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cells.ROOT) for _ in range(2)]
+    outputs = [sweep.communicate()[0] for sweep in both]
+    assert [sweep.returncode for sweep in both] == [0, 0], outputs
+    assert "failed" not in "".join(outputs)
+    assert sum(output.count(" finished: ") for output in outputs) == 2, "each run is done once"
+    assert len(list(Path("r").rglob("result.json"))) == 2
+
+
 # ---- processes, with a stand-in for the script ----
 
 STAND_IN = """
@@ -198,26 +216,32 @@ folder = pathlib.Path(sys.argv[sys.argv.index("--results-path") + 1])
 seed = sys.argv[sys.argv.index("--seed") + 1]
 def stop(signum, frame):
     (folder / f"saved{seed}").write_text(str(signum))
-    sys.exit(143)
-if seed != "9":
-    signal.signal(signal.SIGTERM, stop)
-else:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if seed != "9":
+        sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
 (folder / f"began{seed}").touch()
 print("working", flush=True)
-time.sleep(60)
+parent = os.getppid()
+while os.getppid() == parent:
+    time.sleep(0.05)
 """
 
 
-def stop_when(began, *signums):
-    """Send signals to this process once the files are there, as Ctrl-C at a terminal would."""
+def wait_until(condition):
+    """Poll for an event; the bound is far beyond any machine and only keeps a broken test from hanging."""
+    for _ in range(60_000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def signal_after(*pairs):
+    """Send signals to this process, as Ctrl-C at a terminal would, each once its condition holds."""
     def send():
-        deadline = time.monotonic() + 30
-        while not all(Path(path).exists() for path in began) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for signum in signums:
+        for condition, signum in pairs:
+            wait_until(condition)
             os.kill(os.getpid(), signum)
-            time.sleep(1)
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -228,12 +252,12 @@ def stop_when(began, *signums):
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "train_vm.py").write_text(STAND_IN)
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_runs_are_asked_to_save_and_end(stand_in, capsys, signum):
-    thread = stop_when(["results/began0", "results/began1"], signum)
+    thread = signal_after((lambda: all(Path(f"results/began{seed}").exists() for seed in (0, 1)), signum))
     assert sweep.main(["--seed", "0,1,2", "--jobs", "2"]) == 128 + signum
     thread.join()
     assert sorted(path.name for path in Path("results").glob("*[0-9]")) == ["began0", "began1", "saved0", "saved1"]
@@ -244,98 +268,196 @@ def test_runs_are_asked_to_save_and_end(stand_in, capsys, signum):
 
 
 def test_second_ctrl_c_kills(stand_in, capsys):
-    thread = stop_when(["results/began9"], signal.SIGINT, signal.SIGINT)
-    start = time.monotonic()
+    began, asked = Path("results/began9"), Path("results/saved9")
+    thread = signal_after((began.exists, signal.SIGINT), (asked.exists, signal.SIGINT))
     assert sweep.main(["--seed", "9"]) == 130
     thread.join()
-    assert time.monotonic() - start < 30 and "1 runs: 1 stopped" in capsys.readouterr().out
+    assert "1 runs: 1 stopped" in capsys.readouterr().out
+
+
+def test_two_ctrl_c_at_once_kill(monkeypatch):
+    """However long the sweep was busy with something else in between."""
+    killed = []
+    stand_in = SimpleNamespace(
+        remote=False, room=lambda: 1, start=lambda cells: None, stop=lambda cells, kill: killed.append(kill),
+        exit_code=lambda cell: -9 if killed else None,
+    )
+    monkeypatch.setattr(jobs, "_make_room_for", lambda job: None)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
+
+    def display(shown, changed):
+        if changed is not None and changed.state == "running":
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(signum)
+
+    planned, _ = cells.expand(cells.normalise({"seed": 0}))
+    (ended,), signum = jobs.sweep(planned, stand_in, display)
+    assert killed == [True] and ended.state == "stopped" and signum == signal.SIGINT
 
 
 def test_trouble_in_the_sweep_itself_leaves_no_run_behind(stand_in, capsys, monkeypatch):
     def full(job, runner, stopping):
-        while not Path("results/began0").exists():
-            time.sleep(0.02)
+        wait_until(Path("results/began0").exists)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(sweep, "_follow", full)
+    monkeypatch.setattr(jobs, "_follow", full)
     assert "no space left" in refused(capsys, "--seed", "0")
-    deadline = time.monotonic() + 10
-    while not Path("results/saved0").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert Path("results/saved0").exists()
+    wait_until(Path("results/saved0").exists)
 
 
-def test_killed_run_is_reported_with_its_last_line(stand_in, tmp_path, capsys):
+def test_failed_run_is_reported_with_what_its_log_says(stand_in, tmp_path, capsys):
     (tmp_path / "train_vm.py").write_text("import os; print('so far', flush=True); os.kill(os.getpid(), 9)")
     assert sweep.main(["--mapping", "blm"]) == 1
-    assert "so far (ended by signal 9)" in capsys.readouterr().out
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "failed: so far (ended by signal 9), " in line
+    assert line.endswith("; log results/logs/vm/sun397/resnet18_padding_blm_seed0.log")
     (tmp_path / "train_vm.py").write_text("pass")
     assert sweep.main(["--mapping", "blm"]) == 1, "exit code 0 without a result is no success"
     assert "no output (exit code 0)" in capsys.readouterr().out
+    (tmp_path / "train_vm.py").write_text("print('error: too large\\nepoch 3/10: loss 0.5'); raise SystemExit(2)")
+    assert sweep.main(["--mapping", "blm"]) == 1
+    assert "failed: error: too large (exit code 2)" in capsys.readouterr().out, "a healthy line is no error"
 
 
-def command_cell(tmp_path, name, code):
-    return SimpleNamespace(name=name, command=[sys.executable, "-c", code], log=tmp_path / f"{name}.log")
+FINISHES = """
+import os, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--results-path") + 1]) / "vm/sun397"
+folder /= "resnet18_padding_blmpp_seed" + sys.argv[sys.argv.index("--seed") + 1]
+if (folder / ".lock").exists():
+    sys.exit("error: another process is at work")
+folder.mkdir(parents=True)
+(folder / "result.json").write_text('{"final_accuracy": 0.5}')
+"""
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_run_of_another_process_is_waited_for(stand_in, tmp_path, finished):
+    """And skipped once it is finished, or gone on with where it was stopped."""
+    (tmp_path / "train_vm.py").write_text(FINISHES)
+    planned, _ = cells.expand(cells.normalise({"seed": [0, 1]}))
+    folder = planned[0].folder
+    folder.mkdir(parents=True)
+    lock = open(folder / ".lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    seen = []
+
+    def display(shown, changed):
+        seen.append((shown[0].state, shown[1].state))
+        if seen[-1] == ("busy elsewhere", "finished") and not lock.closed:
+            if finished:
+                (folder / "result.json").write_text('{"final_accuracy": 0.5}')
+            else:
+                shutil.rmtree(folder)
+            lock.close()
+
+    ended, signum = jobs.sweep(planned, runner.LocalRunner(1, []), display)
+    assert [job.state for job in ended] == ["skipped" if finished else "finished", "finished"] and signum == 0
+    assert seen[0] == ("busy elsewhere", "waiting") and planned[0].log.exists() is not finished
+
+
+def test_run_that_another_process_took_first_is_not_failed(stand_in, tmp_path):
+    """The other one begins after the sweep has looked, and before its own run is there."""
+    (tmp_path / "train_vm.py").write_text(FINISHES)
+    (cell,), _ = cells.expand(cells.normalise({"seed": 0}))
+    locks, seen = [], []
+
+    def display(shown, changed):
+        seen.append(shown[0].state)
+        if seen == ["waiting"]:
+            return
+        if seen[-1] == "busy elsewhere" and changed is not None:
+            (cell.folder / "result.json").write_text('{"final_accuracy": 0.5}')
+            locks[0].close()
+
+    class Slow(runner.LocalRunner):
+        def start(self, started):
+            cell.folder.mkdir(parents=True)
+            locks.append(open(cell.folder / ".lock", "w"))
+            fcntl.flock(locks[0], fcntl.LOCK_EX)
+            super().start(started)
+
+    (ended,), _ = jobs.sweep([cell], Slow(1, []), display)
+    assert ended.state == "skipped" and ended.error == ""
+    assert list(dict.fromkeys(seen)) == ["waiting", "running", "busy elsewhere", "skipped"]
+
+
+def command_cell(tmp_path, name, code, *arguments):
+    return SimpleNamespace(name=name, command=[sys.executable, "-c", code, *arguments], log=tmp_path / f"{name}.log")
 
 
 def test_each_run_has_a_gpu_of_its_own(tmp_path):
     code = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['OMP_NUM_THREADS'])"
-    runner = sweep.LocalRunner(2, ["3", "GPU-7"])
+    local = runner.LocalRunner(2, ["3", "GPU-7"])
     for turn in range(2):
         batch = [command_cell(tmp_path, f"{turn}{i}", code) for i in range(2)]
-        runner.start(batch)
-        assert runner.room() == 0
-        while [runner.exit_code(cell) for cell in batch if cell.name in runner._processes]:
-            time.sleep(0.02)
-        assert runner.room() == 2
+        local.start(batch)
+        assert local.room() == 0
+        for cell in batch:
+            wait_until(lambda cell=cell: local.exit_code(cell) is not None)
+        assert local.room() == 2
         assert sorted(cell.log.read_text() for cell in batch) == ["3 1\n", "GPU-7 1\n"]
 
 
 # ---- what is shown ----
 
 
-def job(seed, state, times=(), epochs=10, dataset="dtd"):
+def job(seed, state, times=(), epochs=10, dataset="dtd", **more):
     settings = {"epochs": epochs, "dataset": dataset, "backbone": "b", "reprogramming": "padding"}
     lines = [{"seconds": {"train": t, "test": 1.0}, "test_accuracy": 0.5} for t in times]
-    cell = SimpleNamespace(name=f"vm/{dataset}/seed{seed}", settings=settings, script="train_vm.py")
-    made = sweep.Job.__new__(sweep.Job)
-    made.__dict__.update(cell=cell, state=state, error="", lines=lines, started=100.0)
+    name = f"vm/{dataset}/seed{seed}"
+    cell = SimpleNamespace(name=name, settings=settings, script="train_vm.py", log=f"logs/{name}.log")
+    made = jobs.Job.__new__(jobs.Job)
+    usual = {"error": "", "log_start": 9, "seconds": 60.0}
+    made.__dict__.update({"cell": cell, "state": state, "lines": lines} | usual | more)
     return made
 
 
 def test_estimate_of_what_remains():
-    assert sweep.remaining_seconds([job(0, "running"), job(1, "waiting")], 2) is None
-    assert sweep.remaining_seconds([job(0, "finished", [3] * 10)], 2) == 0
-    jobs = [job(0, "running", [3] * 4), job(1, "waiting"), job(0, "waiting", dataset="gtsrb"), job(2, "failed")]
-    assert sweep.remaining_seconds(jobs, 1) == 6 * 4 + 10 * 4 + 10 * 4
-    assert sweep.remaining_seconds(jobs, 4) == 40, "no sooner than the longest run"
-    jobs.append(job(1, "finished", [9] * 10, dataset="gtsrb"))
-    assert sweep.remaining_seconds(jobs, 1) == 6 * 4 + 10 * 4 + 10 * 10
+    remaining = jobs.remaining_seconds
+    assert remaining([job(0, "running"), job(1, "waiting")], 2) is None
+    assert remaining([job(0, "finished", [3] * 10)], 2) == 0
+    several = [job(0, "running", [3] * 4), job(1, "waiting"), job(0, "waiting", dataset="gtsrb"), job(2, "failed")]
+    assert remaining(several, 1) == 6 * 4 + 10 * 4 + 10 * 4
+    assert remaining(several, 4) == 40, "no sooner than the longest run"
+    several.append(job(1, "finished", [9] * 10, dataset="gtsrb"))
+    assert remaining(several, 1) == 6 * 4 + 10 * 4 + 10 * 10
 
 
-def test_table():
-    jobs = [job(0, "running", [3] * 4), job(1, "failed"), job(2, "waiting"), job(3, "finished", [3] * 10)]
-    jobs[1].error = "error: no such file (exit code 2)"
-    lines = sweep.table(jobs, 1, 200, 20, now=160.0)
-    assert lines[1].split() == ["vm/dtd/seed0", "running", "4/10", "50.0%", "60", "s"]
-    assert lines[2].endswith("error: no such file (exit code 2)") and lines[3].split()[1] == "finished"
-    assert lines[4] == "4 runs: 1 finished, 1 running, 1 waiting, 1 failed, about 64 s left"
-    small = sweep.table(jobs * 50, 1, 40, 6, now=160.0)
-    assert len(small) <= 6 and max(map(len, small)) <= 40
+def test_what_became_of_a_job():
+    assert display.outcome(job(0, "running")) == "vm/dtd/seed0 started"
+    assert display.outcome(job(0, "finished", [3] * 10, seconds=12000)) == (
+        "vm/dtd/seed0 finished: 50.00% final accuracy, 3:20:00; log logs/vm/dtd/seed0.log"
+    )
+    assert display.outcome(job(1, "failed", error="error: no such file (exit code 2)")) == (
+        "vm/dtd/seed1 failed: error: no such file (exit code 2), 0:01:00; log logs/vm/dtd/seed1.log"
+    )
+    in_the_way = job(1, "failed", error="error: other settings", log_start=0)
+    assert display.outcome(in_the_way) == "vm/dtd/seed1 failed: error: other settings"
+    assert display.outcome(job(1, "busy elsewhere")) == "vm/dtd/seed1 busy elsewhere"
 
 
-def test_live_table_is_drawn_over_itself():
-    written = []
-    stream = SimpleNamespace(isatty=lambda: True, write=written.append, flush=lambda: None)
-    display = sweep.Display(1, stream)
-    display([job(0, "running", [3] * 4)], None)
-    display([job(0, "finished", [3] * 10)], None)
-    assert written[0].startswith("\x1b[J") and written[1].startswith("\x1b[3A\x1b[J")
+def test_live_table():
+    """What runs, under a summary; what ended stands above as a line, and stays once the table is gone."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, height=20, _environ={"TERM": "xterm"})
+    several = [job(0, "running", [3] * 4), job(1, "failed", error="error: no such file"), job(2, "waiting")]
+    with display.Display(1, console) as show:
+        show(several, None)
+        several[0].state = "finished"
+        show(several, several[0])
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    first = [line.split() for line in text.splitlines()[:3]]
+    assert first[0] == "3 runs: 1 running, 1 waiting, 1 failed, about 0:01:04 left".split()
+    assert first[1:] == [["run", "epoch", "test", "time"], ["vm/dtd/seed0", "4/10", "50.00%", "0:01:00"]]
+    assert text.count("vm/dtd/seed0 finished: 50.00% final accuracy, 0:01:00; log logs/vm/dtd/seed0.log") == 1
+    assert "\x1b[2K" in console.file.getvalue(), "the table is drawn over itself"
 
 
-@pytest.mark.parametrize("seconds, text", [(12.4, "12 s"), (600, "10 min"), (12000, "3 h 20 min"), (187200, "2 d 4 h")])
-def test_duration(seconds, text):
-    assert sweep.duration(seconds) == text
+def test_table_of_many_runs_on_a_small_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=6, _environ={"TERM": "xterm"})
+    with display.Display(50, console) as show:
+        show([job(seed, "running", [3]) for seed in range(50)], None)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines()
+    assert len(lines) <= 7 and max(map(len, lines)) <= 40
 
 
 # ---- Slurm ----
@@ -347,51 +469,93 @@ def test_slurm_without_submitit_or_slurm(capsys, monkeypatch):
     assert "pip install submitit" in refused(capsys, "--mapping", "blm", "--slurm")
 
 
-SAVES = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\n"
-         "print('began', flush=True)\ntime.sleep(60)")
+SAVES = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+print("began", flush=True)
+parent = os.getppid()
+while os.getppid() == parent:
+    time.sleep(0.05)
+"""
 
 
-def wait_for(log, text):
-    deadline = time.monotonic() + 60
-    while not log.exists() or log.read_text() != text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def has(log, text):
+    return lambda: log.exists() and log.read_text() == text
 
 
 def test_jobs_of_submitit(tmp_path):
-    """submitit's own local executor in the place of Slurm: exit codes, logs, cancelling."""
+    """submitit's own local executor in the place of Slurm: exit codes, logs, and why a job failed."""
     pytest.importorskip("submitit")
-    runner = slurm.SlurmRunner({"cluster": "local"}, tmp_path / "slurm", 2)
-    good, bad, long = planned = [
+    submitted = slurm.SlurmRunner({"cluster": "local", "timeout_min": 600}, tmp_path / "slurm", 2)
+    good, bad, broken = planned = [
         command_cell(tmp_path, "good", "print('hello')"), command_cell(tmp_path, "bad", "raise SystemExit(3)"),
-        command_cell(tmp_path, "long", SAVES),
+        SimpleNamespace(name="broken", command=["/absent"], log=tmp_path / "broken.log"),
     ]
-    runner.start(planned)
-    deadline = time.monotonic() + 60
-    codes = {}
-    while len(codes) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-        codes = {cell.name: code for cell in planned if (code := runner.exit_code(cell)) is not None}
-    assert codes == {"good": 0, "bad": 3} and good.log.read_text() == "hello\n"
-    wait_for(long.log, "began\n")
-    assert runner.room() > 1000 and runner.running(long)
-    runner.stop([long])
-    wait_for(long.log, "began\nsaved\n")
+    submitted.start(planned)
+    assert submitted.room() > 1000 and submitted.remote
+    for cell in planned:
+        wait_until(lambda cell=cell: submitted.exit_code(cell) is not None)
+    assert submitted.exit_code(good) == 0 and submitted.exit_code(bad) == 3 and good.log.read_text() == "hello\n"
+    assert submitted.exit_code(broken).startswith("job ") and "/absent" in submitted.exit_code(broken)
 
 
-def test_job_whose_time_is_up_saves_and_is_submitted_again(tmp_path):
-    submitit = pytest.importorskip("submitit")
-    code = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\n"
-            "print('began', flush=True)\ntime.sleep(60)")
-    log = tmp_path / "job.log"
-    running = slurm.Job([sys.executable, "-c", code], log)
-    thread = threading.Thread(target=running)
-    thread.start()
-    wait_for(log, "began\n")
-    running.process.send_signal(signal.SIGUSR2)  # as Slurm does, to every process
-    again = running.checkpoint()
+def test_slurm_jobs_are_followed_and_cancelled(tmp_path):
+    pytest.importorskip("submitit")
+    submitted = slurm.SlurmRunner({"cluster": "local"}, tmp_path / "slurm", 2)
+    cancelled = []
+    for state in ("PENDING", "RUNNING"):
+        cancel = lambda check, state=state: cancelled.append(state)  # noqa: E731
+        submitted._jobs[state] = SimpleNamespace(state=state, done=lambda: False, cancel=cancel)
+    pending, running = (SimpleNamespace(name=state) for state in ("PENDING", "RUNNING"))
+    assert submitted.exit_code(running) is None
+    assert submitted.running(running) and not submitted.running(pending)
+    submitted.stop([pending, running])
+    assert cancelled == ["PENDING", "RUNNING"]
+
+
+def test_cancelled_job_lets_its_run_save(tmp_path):
+    cell = command_cell(tmp_path, "run", SAVES)
+    thread = signal_after((has(cell.log, "began\n"), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        slurm.SlurmJob(cell.command, cell.log)()
     thread.join()
-    assert isinstance(again, submitit.helpers.DelayedSubmission) and log.read_text() == "began\nsaved\n"
+    wait_until(has(cell.log, "began\nsaved\n"))
+
+
+def test_job_whose_time_is_up_saves_and_is_submitted_again(tmp_path, monkeypatch):
+    """Slurm sends SIGUSR2 to every process; submitit answers it in the middle of waiting for the run."""
+    submitit = pytest.importorskip("submitit")
+    cell = command_cell(tmp_path, "run", SAVES, "--overwrite", "--seed", "1")
+    running, answers, ended = slurm.SlurmJob(cell.command, cell.log), [], []
+
+    def sleep_until_the_run_has_ended(seconds):
+        assert not ended, "goes on waiting although the run has ended"
+        os.waitid(os.P_PID, running.process.pid, os.WEXITED | os.WNOWAIT)
+        ended.append(True)
+
+    def answer(*_):
+        running.process.send_signal(signal.SIGUSR2)
+        answers.append(running.checkpoint())
+
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=sleep_until_the_run_has_ended))
+    earlier = signal.signal(signal.SIGUSR2, answer)
+    thread = signal_after((has(cell.log, "began\n"), signal.SIGUSR2))
+    try:
+        running()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR2, earlier)
+    assert cell.log.read_text() == "began\nsaved\n" and isinstance(answers[0], submitit.helpers.DelayedSubmission)
+    assert answers[0].function.command == [*cell.command[:3], "--seed", "1"], "overwriting is for the first start only"
+
+
+def test_job_that_slurm_starts_again_does_not_overwrite(tmp_path, monkeypatch):
+    cell = command_cell(tmp_path, "run", "import sys; print(sys.argv[1:])", "--overwrite", "--seed", "1")
+    for count, printed in (("0", ["--overwrite", "--seed", "1"]), ("1", ["--seed", "1"])):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        cell.log.unlink(missing_ok=True)
+        assert slurm.SlurmJob(cell.command, cell.log)() == 0
+        assert cell.log.read_text() == f"{printed}\n"
 
 
 @pytest.mark.parametrize("tool", [sweep, prepare_data, check_data])

@@ -419,6 +419,7 @@ def _data_uri(picture):
 FORMATS = {"html": as_html, "markdown": as_markdown, "latex": as_latex}
 
 
+@user_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="run folder, or folder that holds some at any depth")

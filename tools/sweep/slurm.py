@@ -1,17 +1,20 @@
 """Runs on a Slurm cluster, through submitit. A job carries this file's code along, so it imports little."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # an hour of warning is not needed: a run that is cut off goes on after its last finished epoch
 DEFAULTS = {"timeout_min": 1440, "cpus_per_task": 4, "gpus_per_node": 1}
+POLLS_TO_SAVE = 600  # of a tenth of a second; Slurm gives 90 seconds
 
 
-class Job:
-    """What a Slurm job does: one run, its output in its log; resubmitted where its time was up before it was done.
+class SlurmJob:
+    """What a Slurm job does: one run, its output in its log; submitted again where its time was up before it was done.
 
     Parameters
     ----------
@@ -24,6 +27,8 @@ class Job:
 
     def __call__(self):
         """Run to the end; the exit code."""
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # its node failed, say
+            self._go_on()
         with open(self.log, "ab") as log:
             # Slurm sends SIGUSR2 to every process of a job whose time is nearly up; submitit answers it by `checkpoint`
             self.process = subprocess.Popen(
@@ -37,16 +42,22 @@ class Job:
                 raise
 
     def checkpoint(self):
-        """Called by submitit when the time is nearly up: let the run save and end, and ask for it to be resubmitted."""
+        """Called by submitit when the time is nearly up: let the run save and end, and submit it again to go on."""
         import submitit
 
         if self.process is not None:
             self.process.terminate()
-            for _ in range(60):
-                if self.process.poll() is not None:
-                    break
-                time.sleep(1)
-        return submitit.helpers.DelayedSubmission(Job(self.command, self.log))
+            with suppress(ChildProcessError):  # raised where it was waited for already
+                for _ in range(POLLS_TO_SAVE):  # `poll` can't tell: this interrupts `wait`, which holds its lock
+                    if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                        break
+                    time.sleep(0.1)
+            self._go_on()
+        return submitit.helpers.DelayedSubmission(SlurmJob(self.command, self.log))
+
+    def _go_on(self):
+        """From now on, the run continues what it began: it does not start from scratch once more."""
+        self.command = [argument for argument in self.command if argument != "--overwrite"]
 
 
 class SlurmRunner:
@@ -66,6 +77,8 @@ class SlurmRunner:
     ValueError
         submitit is not installed, there is no Slurm, or a parameter is not known.
     """
+
+    remote = True  # runs go on without this process
 
     def __init__(self, parameters, folder, parallel):
         try:
@@ -95,7 +108,7 @@ class SlurmRunner:
         cloudpickle.register_pickle_by_value(here)  # jobs need not find this package, whatever folder they start in
         try:
             with self._executor.batch():
-                jobs = [self._executor.submit(Job(cell.command, cell.log.absolute())) for cell in cells]
+                jobs = [self._executor.submit(SlurmJob(cell.command, cell.log.absolute())) for cell in cells]
         finally:
             cloudpickle.unregister_pickle_by_value(here)
         self._jobs.update((cell.name, job) for cell, job in zip(cells, jobs, strict=True))

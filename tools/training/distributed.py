@@ -21,10 +21,21 @@ def world_size():
 
 @contextmanager
 def process_group(device):
-    """Join the group that ``torchrun`` describes (NCCL on GPUs, gloo elsewhere) for as long as the block runs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join the group that ``torchrun`` describes (NCCL on GPUs, gloo elsewhere) for as long as the block runs.
+
+    Raises
+    ------
+    ValueError
+        ``WORLD_SIZE`` asks for several processes, but was not set by ``torchrun``.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
         yield
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} not set; start several processes with "
+                         "torchrun --nproc-per-node=N, or unset WORLD_SIZE")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield

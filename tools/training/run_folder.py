@@ -287,6 +287,18 @@ class Run:
         write_text(self.folder / "metrics.jsonl", text)
 
 
+def in_use(folder):
+    """Whether a process is at work in a run folder."""
+    try:
+        with open(Path(folder) / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def summarise(settings, metrics):
     """``result.json`` of a finished run.
 
