@@ -74,6 +74,12 @@ def sync_folder(path):
         os.close(descriptor)
 
 
+def printable(text):
+    """`text`, or where it holds control or escape characters or is no UTF-8, its escaped form."""
+    text = str(text)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def read_json(path):
     """The content of a JSON file; ValueError names the file where it holds none."""
     try:

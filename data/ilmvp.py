@@ -31,9 +31,9 @@ MAX_SPLIT_BYTES = 256 << 20
 MAX_CLASSES = 1_000_000
 MAX_SAMPLES = 100_000_000
 
+
 def _short(key):
     return repr(key if len(key) <= 40 else key[:40])
-
 
 
 class LmdbSource:
@@ -144,7 +144,7 @@ class LmdbSource:
         return f"{self.file}, key {_short(self.keys[i])}"
 
     def record(self, i):
-        """Encoded picture (bytes) and label (int, 0 to `MAX_CLASSES` - 1) of sample `i`."""
+        """Encoded image (bytes) and label (int, 0 to `MAX_CLASSES` - 1) of sample `i`."""
         record = self._record(self.keys[i], tuple)
         if len(record) != 2 or type(record[0]) is not bytes or type(record[1]) is not int:
             raise ValueError(f"{self.where(i)}: expected (image bytes, int label); prepare this file again")
@@ -163,7 +163,7 @@ class LmdbSource:
         return self._labels
 
     def image(self, i):
-        """Picture of sample `i`, a PIL image in mode RGB."""
+        """Image of sample `i`, a PIL image in mode RGB."""
         return open_image(self.record(i)[0], self.where(i))
 
     def close(self):
@@ -272,7 +272,7 @@ def write_ilmvp(folder, *, train, test, class_names):
     folder : str or Path
         Must not exist yet, or be empty.
     train, test : iterable of (bytes, int, str)
-        Encoded picture, label, and the name to give it in ``split.json`` (a path, say).
+        Encoded image, label, and the name to give it in ``split.json`` (a path, say).
     class_names : sequence of str
         Name of each label.
 

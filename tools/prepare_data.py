@@ -5,9 +5,10 @@ Make an ILM-VP folder (train.lmdb, test.lmdb, split.json), which the published c
   NAME --images DIR --split FILE    from an image folder and a split file of CoOp: {"train": [[path, label, class
                                     name], ...], "val": ..., "test": ...}. For the data sets of the paper these files
                                     give the published sizes; its "val" images are left out, as in the paper.
-  NAME                              from torchvision's own copy of flowers102, dtd, food101, eurosat, oxfordpets or
-                                    sun397, downloaded where it is missing, with the split named below. Its sizes are
-                                    NOT the published ones: results do not compare with the paper's.
+  NAME                              from torchvision's own copy of flowers102, dtd, food101, eurosat, oxfordpets,
+                                    sun397 or fgvc_aircraft, downloaded where it is missing, with the split named
+                                    below. But for fgvc_aircraft its sizes are NOT the published ones: results do not
+                                    compare with the paper's.
 
 The folder appears whole or not at all. Every image is decoded once before it is taken; the same command after an
 interruption goes on where it was cut off. Time is that of decoding (about 200 photographs a second and core) and, for
@@ -18,6 +19,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -34,8 +36,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DATASETS, write_ilmvp
-from data.decode import open_image
+from data.decode import open_image, upright
+from data.files import sync_folder
 from data.ilmvp import read_split
+from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
 from models.torchvision_shim import ensure_torchvision
 from tools.console import Parser, user_errors
@@ -49,9 +53,9 @@ class Copy:
     """What torchvision has of a data set, and which of it becomes training and test set."""
 
     factory: str
-    images: str  # folder of the pictures under the raw path; the paths of CoOp's split file start there as well
+    images: str  # folder of the images under the raw path; the paths of CoOp's split file start there as well
     address: str
-    total: int  # pictures that training and test set are drawn from
+    total: int  # images that training and test set are drawn from
     split: str
 
 
@@ -80,12 +84,17 @@ COPIES = {
         "SUN397", "SUN397", "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz", 108754,
         "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
     ),
+    "fgvc_aircraft": Copy(
+        "FGVCAircraft", "fgvc-aircraft-2013b/data/images", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/"
+        "fgvc-aircraft-2013b.tar.gz", 6667, "the official split of variants without val, which is CoOp's",
+    ),
 }
 
 # CoOp's split files: https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md
 SPLIT_FILES = {
     "flowers102": "OxfordFlowers", "dtd": "DescribableTextures", "ucf101": "UCF101", "food101": "Food101",
     "sun397": "SUN397", "eurosat": "EuroSAT", "oxfordpets": "OxfordPets", "stanfordcars": "StanfordCars",
+    "caltech101": "Caltech101", "resisc45": "Resisc45",
 }
 
 # torchvision has the folder names; these are the ones that CoOp's split file, and so the paper, shows to a CLIP
@@ -212,7 +221,7 @@ def torchvision_samples(name, raw_path):
 
 def _official(name):
     return {"flowers102": ("train", "val", "test"), "dtd": ("train", "val", "test"),
-            "food101": ("train", "test"), "oxfordpets": ("trainval", "test")}[name]
+            "food101": ("train", "test"), "oxfordpets": ("trainval", "test"), "fgvc_aircraft": ("train", "test")}[name]
 
 
 def _draw(pairs, train, test):
@@ -242,7 +251,8 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
     class_names : list of str
     shorter_side : int, optional
         Images with a longer shorter side are resized to it, in pixels, aspect kept; JPEG and WEBP become JPEG of
-        quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are.
+        quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are,
+        unless their EXIF orientation turns them: records are read without it.
     workers : int
         Decoding threads, 0 for one a core.
 
@@ -259,7 +269,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
                 f"{len(bad)} images can't be used: {_first(bad, '; ')}; nothing was written but {partial}, which "
                 "remembers the good ones"
             )
-        for draft in (*partial.glob(".whole-*"), *partial.glob("whole")):
+        for draft in (*partial.glob(".whole.*"), *partial.glob("whole")):
             shutil.rmtree(draft)
         splits = {
             split: ((checked.encoded(path), label, name) for path, label, name in samples)
@@ -267,6 +277,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
         }
         write_ilmvp(partial / "whole", **splits, class_names=class_names)
         os.replace(partial / "whole", folder)
+        sync_folder(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -330,17 +341,18 @@ class _Checked:
 
     def _check(self, path):
         encoded = path.read_bytes()
-        image = open_image(encoded, str(path))
-        if self._shorter_side is None or min(image.size) <= self._shorter_side:
+        stored = open_image(encoded, str(path))
+        image = upright(stored)
+        scale = min(1, (self._shorter_side or math.inf) / min(image.size))
+        if scale == 1 and image is stored:
             if len(encoded) > MAX_RECORD_BYTES - 1024:
                 raise ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
             return b""
-        scale = self._shorter_side / min(image.size)
         size = [max(1, round(side * scale)) for side in image.size]
         lossy = encoded.startswith(b"\xff\xd8") or encoded[8:12] == b"WEBP"
         how = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0} if lossy else {"format": "PNG"}
         stream = io.BytesIO()
-        image.resize(size, Image.Resampling.BICUBIC).save(stream, **how)
+        image.resize(size, Image.Resampling.BICUBIC).save(stream, **how, exif=b"")
         return stream.getvalue()
 
     def _put(self, items):
@@ -387,8 +399,8 @@ def _samples(arguments):
     name, published = arguments.name, DATASETS.get(arguments.name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"NAME is {name!r}; allowed are letters, digits, '.', '_' and '-'")
-    if published is not None and published.source != "ilmvp":
-        raise ValueError(f"{name} needs no preparation: the scripts read {published.source}'s own copy")
+    if published is not None and published.open is not open_ilmvp:
+        raise ValueError(f"{name} needs no preparation: the scripts read it as it is")
     if (arguments.images is None) != (arguments.split is None):
         raise ValueError("--images and --split go together: the paths of the split file start at the image folder")
     if arguments.workers < 0 or (arguments.shorter_side is not None and arguments.shorter_side < 1):
@@ -403,8 +415,10 @@ def _samples(arguments):
         )
     raw = arguments.raw_path or arguments.data_path / "raw"
     copy = COPIES[name]
-    print(f"split: {copy.split}. Not the paper's: for its sizes add --images {raw / copy.images} "
-          f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)", flush=True)
+    print(f"split: {copy.split}", flush=True)
+    if name in SPLIT_FILES:
+        print(f"which is not the paper's: for its sizes add --images {raw / copy.images} "
+              f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)", flush=True)
     return torchvision_samples(name, raw)
 
 
@@ -415,7 +429,7 @@ def main(argv=None):
         if folder.exists():
             if not all((folder / name).exists() for name in ("train.lmdb", "test.lmdb", "split.json")):
                 raise FileExistsError(f"{folder} exists and is no ILM-VP folder; move it, or take another --data-path")
-            print(f"{folder} is there already and left alone; remove it to prepare it anew")
+            print(f"{folder} is there already and left alone; remove it to prepare it again")
             return 0
         train, test, class_names = _samples(arguments)
         prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)

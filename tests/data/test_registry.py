@@ -18,7 +18,7 @@ from tests.data.helpers import edit_split, make_class_folders, make_ilmvp, pictu
 REAL_DATA = os.environ.get("BLM_REAL_DATA")
 
 
-def task_of(name, data_path="unused", cache_path=None, side=16, **settings):
+def task_of(name, data_path=None, cache_path=None, side=16, **settings):
     return load_task(
         name, data_path, padding_preset(side), padding_preset(side), cache_path=cache_path, **settings
     )
@@ -35,7 +35,7 @@ def test_the_twelve_data_sets_of_the_paper_and_two_more():
         list(DATASETS)
         == (
             "cifar10 cifar100 svhn gtsrb flowers102 dtd ucf101 food101 sun397 eurosat oxfordpets "
-            "stanfordcars digits synthetic"
+            "stanfordcars digits synthetic caltech101 fgvc_aircraft resisc45"
         ).split()
     )
     small = {name for name in DATASETS if image_size(name) == 32}
@@ -267,8 +267,9 @@ class FakeDataset:
         is_train = how.get("train", how.get("split") == "train")
         random = np.random.RandomState(int(is_train))
         self.data = random.randint(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-        self.targets = self.labels = list(range(10))
+        self.targets = list(range(10))
         if "split" in how:
+            self.labels = self.targets
             self.data = self.data.transpose(0, 3, 1, 2)
             (root / f"{how['split']}_32x32.mat").write_bytes(b"mat")
         else:
@@ -284,7 +285,7 @@ def test_torchvision_sets_are_loaded_once_and_then_come_from_the_cache(name, tmp
     ensure_torchvision()
     from torchvision import datasets
 
-    monkeypatch.setattr(datasets, sources.TORCHVISION[name][0], FakeDataset)
+    monkeypatch.setattr(datasets, DATASETS[name].open.factory, FakeDataset)
     monkeypatch.setattr(FakeDataset, "built", 0)
     task = task_of(name, tmp_path, tmp_path / "cache", side=32)
     built = FakeDataset.built
@@ -306,7 +307,7 @@ def test_torchvision_sets_that_can_not_be_had_say_what_to_fetch(name, tmp_path, 
         root.mkdir(exist_ok=True)
         raise OSError("no\nnetwork")
 
-    monkeypatch.setattr(datasets, sources.TORCHVISION[name][0], no_network)
+    monkeypatch.setattr(datasets, DATASETS[name].open.factory, no_network)
     refused(
         FileNotFoundError,
         f"{name} is not whole in .*data.* fetch http.* unpack it so",

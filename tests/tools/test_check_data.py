@@ -87,7 +87,6 @@ BAD = [
     (["a", "--dataset", "dtd"], "either PATH or --dataset"),
     (["absent"], "absent is no data set"),
     (["--dataset", "flower102"], "'flowers102'"),
-    (["--dataset", "digits"], "nothing to check"),
     (["--dataset", "dtd"], "dtd is no data set"),
     (["--datasets", "dtd"], "did you mean --dataset?"),
 ]
