@@ -109,5 +109,5 @@ def test_avif():
 def test_formats_of_phones_that_pillow_lacks_are_named(monkeypatch, brand):
     monkeypatch.setattr(decode, "FORMATS", tuple(format for format in FORMATS if format != "AVIF"))
     encoded = b"\0\0\0\x1cftyp" + brand.encode() + bytes(40)
-    with pytest.raises(ValueError, match=rf"here: not a readable image \(of the kind '{brand}'\); allowed are whole JPEG"):
+    with pytest.raises(ValueError, match=rf"here: not a readable image \(of the kind '{brand}'\); allowed are"):
         open_image(encoded, "here")

@@ -1,9 +1,13 @@
 """tools.check_data: whole folders pass, and of broken ones every fault is listed."""
 
+import io
 import os
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from data import ArraySource, DatasetInfo
 from tests.data.helpers import edit_split, make_class_folders, make_ilmvp, picture, put
 from tools import check_data
 
@@ -43,6 +47,40 @@ def test_unreadable_file_in_class_folders(tmp_path, capsys):
     assert code == 1 and len(findings) == 1 and "train/cat/1.png: not a readable image" in findings[0]
     (photos / "train/bird").mkdir()
     assert "bird is empty" in check(capsys, photos)[2][0]
+
+
+def test_images_of_one_colour_are_named(tmp_path, capsys):
+    folder = make_ilmvp(tmp_path / "mine")
+    white = io.BytesIO()
+    Image.new("L", (9, 9), 255).save(white, "PNG")
+    put(folder / "train.lmdb", b"1", (white.getvalue(), 0))
+    (finding,) = check(capsys, folder)[2]
+    assert "train.lmdb, key b'1': all pixels are (255, 255, 255)" in finding
+    photos = make_class_folders(tmp_path / "photos")
+    (photos / "test/cat/0.png").write_bytes(white.getvalue())
+    assert "cat/0.png: all pixels are" in check(capsys, photos)[2][0]
+
+
+def test_data_sets_of_ones_own_and_those_made_on_the_spot(monkeypatch, capsys):
+    assert check(capsys, "--dataset", "digits") == (0, "digits: 901 train images, 896 test images, 10 classes", [])
+    source = ArraySource("mine/train", np.arange(480, dtype=np.uint8).reshape(2, 8, 10, 3), [0, 0])
+    info = DatasetInfo(3, 2, 2, 32, lambda name, data_path: (["a", "b"], source, source))
+    monkeypatch.setitem(check_data.DATASETS, "mine", info)
+    code, summary, findings = check(capsys, "--dataset", "mine")
+    assert code == 1 and summary == "mine: 2 train images, 2 test images, 2 classes"
+    assert findings == [
+        "2 train images (published: 3); another split, or not whole", "class 1, 'b', has no training image"
+    ]
+
+
+def test_what_is_said_of_folders(tmp_path, capsys):
+    photos = make_class_folders(tmp_path / "photos", {"cat": 2, "dog": 1}, {"cat": 1})
+    with pytest.warns(UserWarning, match="test has no images of 'dog'"):
+        assert check(capsys, photos)[0] == 0
+    alone = make_class_folders(tmp_path / "alone", {"cat": 2}, {"cat": 1})
+    assert check(capsys, alone)[2] == ["one class, 'cat'; expected two or more to tell apart"]
+    (photos / "test/dog").symlink_to("absent")
+    assert "test/dog is a link to absent, which is not there" in check(capsys, photos)[2][0]
 
 
 def test_labels_against_split(tmp_path, capsys):
