@@ -63,9 +63,7 @@ def stored_images(source, preset, cache_file, *, threads, progress, check):
             return cached
     try:
         check(source.labels)
-        bar = tqdm(
-            total=len(source), desc=f"decoding {source.title}", unit="img", disable=None if progress else True
-        )
+        bar = tqdm(total=len(source), desc=f"decoding {source.title}", unit="img", disable=None if progress else True)
         with bar, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             chunks = functools.partial(_decoded, source, preset, pool, threads, bar)
             if cache_file is not None:
@@ -165,9 +163,7 @@ def _write(path, fingerprint, preset, source, chunks):
             raise OSError(f"could not write {path}: {needed:,} bytes are needed, {free:,} are free")
         with written_whole(path) as draft, open(draft, "wb", buffering=0) as file:
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(
-                header, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
+            np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
             _write_all(file, header.getvalue())
             for images, sums in chunks:
                 _write_all(file, images.data)

@@ -123,9 +123,7 @@ class LmdbSource:
                 )
             for key in keys:
                 if type(key) is not bytes or not 0 < len(key) <= 511:
-                    raise ValueError(
-                        f"{self.file}: __keys__ holds something other than keys; prepare it again"
-                    )
+                    raise ValueError(f"{self.file}: __keys__ holds something other than keys; prepare it again")
             if len(set(keys)) != count:
                 raise ValueError(f"{self.file}: __keys__ names a key twice; prepare this file again")
             self._index = keys
@@ -197,22 +195,16 @@ def read_split(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; it gives the class names, fetch it with the LMDB files"
-        )
+        raise FileNotFoundError(f"{path} does not exist; it gives the class names, fetch it with the LMDB files")
     again = "fetch or prepare it again"
     if path.stat().st_size > MAX_SPLIT_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}"
-        )
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}")
     try:
         splits = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {reason}); {again}") from None
-    if not isinstance(splits, dict) or not all(
-        isinstance(splits.get(s, []), list) for s in ("train", "val", "test")
-    ):
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(s, []), list) for s in ("train", "val", "test")):
         raise ValueError(f'{path}: expected an object with the lists "train", "val" and "test"; {again}')
     for required in ("train", "test"):
         if not splits.get(required):
@@ -226,15 +218,11 @@ def read_split(path):
                 raise ValueError(f"{where} is not [path, label, class name]; {again}")
             label, name = entry[1], clean_class_name(entry[2])
             if not 0 <= label < MAX_CLASSES:
-                raise ValueError(
-                    f"{where}: label {_bounded(label)}, expected 0 to {MAX_CLASSES - 1}; {again}"
-                )
+                raise ValueError(f"{where}: label {_bounded(label)}, expected 0 to {MAX_CLASSES - 1}; {again}")
             if not name.strip() or len(name) > 1000 or not name.isprintable():
                 raise ValueError(f"{where}: the class name is empty, too long or unprintable; {again}")
             if names.setdefault(label, name) != name:
-                raise ValueError(
-                    f"{where}: label {label} is {name[:60]!r} here, {names[label][:60]!r} before; {again}"
-                )
+                raise ValueError(f"{where}: label {label} is {name[:60]!r} here, {names[label][:60]!r} before; {again}")
             counts[split][label] += 1
     missing = next((label for label in range(len(names)) if label not in names), None)
     if missing is not None:
@@ -338,5 +326,3 @@ def _write_lmdb(path, samples, num_classes):
     finally:
         environment.close()
     return listed
-
-

@@ -72,13 +72,9 @@ class BatchLoader:
         One line for the log: how many images, of what size, kept where.
     """
 
-    def __init__(
-        self, image_set, preset, batch_size, device, *, shuffle, seed, purpose, rank=0, world_size=1
-    ):
+    def __init__(self, image_set, preset, batch_size, device, *, shuffle, seed, purpose, rank=0, world_size=1):
         assert batch_size > 0 and 0 <= rank < world_size
-        assert tuple(image_set.images.shape[1:]) == (preset.size, preset.size, 3), (
-            "stored under another preset"
-        )
+        assert tuple(image_set.images.shape[1:]) == (preset.size, preset.size, 3), "stored under another preset"
         self.image_set, self.preset, self.batch_size = image_set, preset, batch_size
         self.device = torch.device(device)
         self.shuffle, self.seed, self.purpose = shuffle, seed, purpose

@@ -25,11 +25,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import ilmvp, sources
+from data import ilmvp, sources, torchvision_sets
 from data.cache import all_or_none, stored_images
-from data.class_names import CIFAR10, CIFAR100, GTSRB, clean_class_name
+from data.class_names import clean_class_name
 from data.image_set import ImageSet
-from data.torchvision_sets import TorchvisionSet
 
 
 class Opened(NamedTuple):
@@ -131,27 +130,13 @@ def _open_synthetic(name, data_path):
 
 # Numbers of samples: Cai et al., "Sample-specific Masks for Visual Reprogramming-based Prompting", ICML 2024, Table 6,
 # but for gtsrb: the paper counts the 39,209 images of the final benchmark, while torchvision, which its code reads,
-# has the 26,640 of the online competition. The last three are no data sets of the paper: Zhou et al., "Learning to
-# Prompt for Vision-Language Models", IJCV 2022, Table 6.
+# has the 26,640 of the online competition. The last three are not among the paper's; their numbers are those of Zhou
+# et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, training images without the validation ones.
 DATASETS = {
-    "cifar10": DatasetInfo(50000, 10000, 10, 32, TorchvisionSet(
-        "CIFAR10", ("cifar-10-batches-py",), ("cifar-10-batches-py",),
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", CIFAR10,
-    )),
-    "cifar100": DatasetInfo(50000, 10000, 100, 32, TorchvisionSet(
-        "CIFAR100", ("cifar-100-python",), ("cifar-100-python",),
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", CIFAR100,
-    )),
-    "svhn": DatasetInfo(73257, 26032, 10, 32, TorchvisionSet(
-        "SVHN", ("train_32x32.mat",), ("test_32x32.mat",),
-        "http://ufldl.stanford.edu/housenumbers/ (train_32x32.mat and test_32x32.mat)",
-        [str(digit) for digit in range(10)],
-    )),
-    "gtsrb": DatasetInfo(26640, 12630, 43, 32, TorchvisionSet(
-        "GTSRB", ("gtsrb/GTSRB/Training",), ("gtsrb/GTSRB/Final_Test/Images", "gtsrb/GT-final_test.csv"),
-        "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/ (GTSRB-Training_fixed.zip, "
-        "GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip, into gtsrb/)", GTSRB,
-    )),
+    "cifar10": DatasetInfo(50000, 10000, 10, 32, torchvision_sets.CIFAR10),
+    "cifar100": DatasetInfo(50000, 10000, 100, 32, torchvision_sets.CIFAR100),
+    "svhn": DatasetInfo(73257, 26032, 10, 32, torchvision_sets.SVHN),
+    "gtsrb": DatasetInfo(26640, 12630, 43, 32, torchvision_sets.GTSRB),
     "flowers102": DatasetInfo(4093, 2463, 102, 128, open_ilmvp),
     "dtd": DatasetInfo(2820, 1692, 47, 128, open_ilmvp),
     "ucf101": DatasetInfo(7639, 3783, 101, 128, open_ilmvp),
@@ -369,9 +354,7 @@ def _warn_if_unusual(name, info, image_sets, class_names):
         if expected[what] not in (None, found[what])
     ]
     if other:
-        warnings.warn(
-            f"{name} has {', '.join(other)}; results do not compare with published ones", stacklevel=3
-        )
+        warnings.warn(f"{name} has {', '.join(other)}; results do not compare with published ones", stacklevel=3)
 
 
 def _choose(labels, class_names, train_fraction, shots, validation_fraction, seed):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -36,12 +37,13 @@ class FileSource:
         Names the split in messages.
     place : str or Path
         Folder that holds all the files.
-    paths : list of Path
-    labels : list of int
+    paths : list of str or Path
+    labels : array-like
+        (N,) int.
     """
 
     def __init__(self, title, place, paths, labels):
-        self.title, self.place, self._paths = title, os.path.abspath(place), paths
+        self.title, self.place, self._paths = title, os.path.abspath(place), [Path(path) for path in paths]
         self.labels = np.array(labels, dtype=np.int64)
         self.names = [printable(path) for path in paths]
 
@@ -77,9 +79,19 @@ class ArraySource:
         (N, h, w, 3) uint8.
     labels : array-like
         (N,) int.
+
+    Raises
+    ------
+    ValueError
+        Other shapes or types.
     """
 
     def __init__(self, title, images, labels):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
+            raise ValueError(
+                f"{title}: images of shape {images.shape}, {images.dtype}, with {len(labels)} labels; expected "
+                "(N, h, w, 3), uint8, with N"
+            )
         self.title = self.place = title
         self._images = images
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -160,9 +172,7 @@ def class_folders(root):
 def _classes(folder, root):
     """Class folders of one split, name to image files."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder; expected {root}/train/<class>/* and {root}/test/<class>/*"
-        )
+        raise FileNotFoundError(f"{folder} is not a folder; expected {root}/train/<class>/* and {root}/test/<class>/*")
     classes = {}
     for entry in _entries(folder):
         if not entry.is_dir():
@@ -171,8 +181,7 @@ def _classes(folder, root):
             )
         if not entry.name.isprintable():
             raise ValueError(
-                f"{printable(entry)}: the name of this class folder holds control characters or is not UTF-8; "
-                "rename it"
+                f"{printable(entry)}: the name of this class folder holds control characters or is not UTF-8; rename it"
             )
         classes[entry.name] = _image_files(entry)
     if not classes:
@@ -221,12 +230,8 @@ def digits(split):
     place = np.array([np.count_nonzero(bunch.target[:i] == label) for i, label in enumerate(bunch.target)])
     chosen = place % 2 == (0 if split == "train" else 1)
     grey = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-    large = [
-        Image.fromarray(image).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR) for image in grey
-    ]
-    return ArraySource(
-        f"digits/{split}", np.stack([np.asarray(image) for image in large]), bunch.target[chosen]
-    )
+    large = [Image.fromarray(image).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR) for image in grey]
+    return ArraySource(f"digits/{split}", np.stack([np.asarray(image) for image in large]), bunch.target[chosen])
 
 
 SYNTHETIC_COLOURS = {

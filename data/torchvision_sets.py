@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import class_names
 from data.sources import ArraySource, FileSource, file_stamp
 
 
@@ -118,3 +119,34 @@ class TorchvisionSource:
 
     def close(self):
         self._loaded = None
+
+
+CIFAR10 = TorchvisionSet(
+    "CIFAR10",
+    train=("cifar-10-batches-py",),
+    test=("cifar-10-batches-py",),
+    address="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    class_names=class_names.CIFAR10,
+)
+CIFAR100 = TorchvisionSet(
+    "CIFAR100",
+    train=("cifar-100-python",),
+    test=("cifar-100-python",),
+    address="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    class_names=class_names.CIFAR100,
+)
+SVHN = TorchvisionSet(
+    "SVHN",
+    train=("train_32x32.mat",),
+    test=("test_32x32.mat",),
+    address="http://ufldl.stanford.edu/housenumbers/ (train_32x32.mat and test_32x32.mat)",
+    class_names=[str(digit) for digit in range(10)],
+)
+GTSRB = TorchvisionSet(
+    "GTSRB",
+    train=("gtsrb/GTSRB/Training",),
+    test=("gtsrb/GTSRB/Final_Test/Images", "gtsrb/GT-final_test.csv"),
+    address="https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/ (GTSRB-Training_fixed.zip, "
+    "GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip, into gtsrb/)",
+    class_names=class_names.GTSRB,
+)

@@ -152,13 +152,24 @@ def _check_classes(class_names, train_labels, published):
 
 def main(argv=None):
     parser = Parser(prog="python -m tools.check_data", usage="%(prog)s PATH | --dataset NAME", description=__doc__)
-    parser.add_argument("path", nargs="?", metavar="PATH", help="folder to check, also written folder:PATH; its "
-                        "name tells which published sizes it should have, where it is one of the paper's")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="folder to check, also written folder:PATH; its "
+        "name tells which published sizes it should have, where it is one of the paper's",
+    )
     parser.add_argument("--dataset", metavar="NAME", help="check the data set that the scripts train on by this name")
-    parser.add_argument("--data-path", type=Path, default=Path("datasets"), metavar="DIR",
-                        help="folder that holds the data sets (default: datasets)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N",
-                        help="decoding threads, 0 for one a core (default: 0)")
+    parser.add_argument(
+        "--data-path",
+        type=Path,
+        default=Path("datasets"),
+        metavar="DIR",
+        help="folder that holds the data sets (default: datasets)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one a core (default: 0)"
+    )
     with user_errors(), one_line_warnings():
         arguments = parser.parse_args(argv)
         if (arguments.path is None) == (arguments.dataset is None):

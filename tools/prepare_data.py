@@ -61,47 +61,80 @@ class Copy:
 
 COPIES = {
     "flowers102": Copy(
-        "Flowers102", "flowers-102/jpg", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz, "
-        "imagelabels.mat, setid.mat)", 8189, "the official split, train and val together for training",
+        "Flowers102",
+        "flowers-102/jpg",
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz, imagelabels.mat, setid.mat)",
+        8189,
+        "the official split, train and val together for training",
     ),
     "dtd": Copy(
-        "DTD", "dtd/dtd/images", "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz", 5640,
+        "DTD",
+        "dtd/dtd/images",
+        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
+        5640,
         "the first official split, train and val together for training",
     ),
     "food101": Copy(
-        "Food101", "food-101/images", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", 101000,
+        "Food101",
+        "food-101/images",
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+        101000,
         "the official split",
     ),
     "eurosat": Copy(
-        "EuroSAT", "eurosat/2750", "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)", 27000,
+        "EuroSAT",
+        "eurosat/2750",
+        "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)",
+        27000,
         "drawn with seed 0, 50 % of each class for training and 30 % for testing; there is no official one",
     ),
     "oxfordpets": Copy(
-        "OxfordIIITPet", "oxford-iiit-pet/images", "https://www.robots.ox.ac.uk/~vgg/data/pets/data/ (images.tar.gz "
-        "and annotations.tar.gz)", 7349, "the official split, trainval for training",
+        "OxfordIIITPet",
+        "oxford-iiit-pet/images",
+        "https://www.robots.ox.ac.uk/~vgg/data/pets/data/ (images.tar.gz and annotations.tar.gz)",
+        7349,
+        "the official split, trainval for training",
     ),
     "sun397": Copy(
-        "SUN397", "SUN397", "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz", 108754,
+        "SUN397",
+        "SUN397",
+        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+        108754,
         "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
     ),
     "fgvc_aircraft": Copy(
-        "FGVCAircraft", "fgvc-aircraft-2013b/data/images", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/"
-        "fgvc-aircraft-2013b.tar.gz", 6667, "the official split of variants without val, which is CoOp's",
+        "FGVCAircraft",
+        "fgvc-aircraft-2013b/data/images",
+        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+        6667,
+        "the official split of variants without val, which is CoOp's",
     ),
 }
 
 # CoOp's split files: https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md
 SPLIT_FILES = {
-    "flowers102": "OxfordFlowers", "dtd": "DescribableTextures", "ucf101": "UCF101", "food101": "Food101",
-    "sun397": "SUN397", "eurosat": "EuroSAT", "oxfordpets": "OxfordPets", "stanfordcars": "StanfordCars",
-    "caltech101": "Caltech101", "resisc45": "Resisc45",
+    "flowers102": "OxfordFlowers",
+    "dtd": "DescribableTextures",
+    "ucf101": "UCF101",
+    "food101": "Food101",
+    "sun397": "SUN397",
+    "eurosat": "EuroSAT",
+    "oxfordpets": "OxfordPets",
+    "stanfordcars": "StanfordCars",
+    "caltech101": "Caltech101",
+    "resisc45": "Resisc45",
 }
 
 # torchvision has the folder names; these are the ones that CoOp's split file, and so the paper, shows to a CLIP
 EUROSAT_NAMES = {
-    "AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake",
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
 }
 
 
@@ -220,8 +253,13 @@ def torchvision_samples(name, raw_path):
 
 
 def _official(name):
-    return {"flowers102": ("train", "val", "test"), "dtd": ("train", "val", "test"),
-            "food101": ("train", "test"), "oxfordpets": ("trainval", "test"), "fgvc_aircraft": ("train", "test")}[name]
+    return {
+        "flowers102": ("train", "val", "test"),
+        "dtd": ("train", "val", "test"),
+        "food101": ("train", "test"),
+        "oxfordpets": ("trainval", "test"),
+        "fgvc_aircraft": ("train", "test"),
+    }[name]
 
 
 def _draw(pairs, train, test):
@@ -231,7 +269,7 @@ def _draw(pairs, train, test):
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
         first, second = (n if isinstance(n, int) else round(n * len(members)) for n in (train, test))
-        for split, rows in zip(chosen, (members[:first], members[first:first + second]), strict=True):
+        for split, rows in zip(chosen, (members[:first], members[first : first + second]), strict=True):
             split.extend(pairs[i] for i in sorted(rows))
     return chosen
 
@@ -323,9 +361,10 @@ class _Checked:
         """Check the images that were not checked before; the messages of those that can't be used."""
         todo, bad = iter(sorted(path for path in paths if self._get(path) is None)), []
         threads = workers or os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool, tqdm(
-            total=len(paths), desc="checking images", unit="img", disable=None
-        ) as bar:
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(total=len(paths), desc="checking images", unit="img", disable=None) as bar,
+        ):
             while chunk := list(islice(todo, _CHUNK)):
                 results = list(pool.map(self._try, chunk))
                 self._put([(self._key(p), r) for p, r in zip(chunk, results, strict=True) if isinstance(r, bytes)])
@@ -377,21 +416,38 @@ def _first(items, separator=", ", limit=3):
 def _build_parser():
     splits = "\n".join(f"  {name:12}{copy.split}" for name, copy in COPIES.items())
     parser = Parser(
-        prog="python -m tools.prepare_data", usage="%(prog)s NAME [options]", description=__doc__,
+        prog="python -m tools.prepare_data",
+        usage="%(prog)s NAME [options]",
+        description=__doc__,
         epilog=f"splits of torchvision's copies:\n{splits}",
     )
     parser.add_argument("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
     parser.add_argument("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
     parser.add_argument("--split", type=Path, metavar="FILE", help="split file of CoOp, split_zhou_*.json")
-    parser.add_argument("--data-path", type=Path, default=Path("datasets"), metavar="DIR",
-                        help="folder that holds the data sets (default: datasets)")
-    parser.add_argument("--raw-path", type=Path, metavar="DIR",
-                        help="where torchvision keeps its own copies (default: <data-path>/raw)")
-    parser.add_argument("--shorter-side", type=int, metavar="N",
-                        help="shorten larger images to N pixels on the shorter side (default: files as they are); a "
-                             "few times smaller, but no longer the published pixels")
-    parser.add_argument("--workers", type=int, default=0, metavar="N",
-                        help="decoding threads, 0 for one a core (default: 0); the result does not depend on it")
+    parser.add_argument(
+        "--data-path",
+        type=Path,
+        default=Path("datasets"),
+        metavar="DIR",
+        help="folder that holds the data sets (default: datasets)",
+    )
+    parser.add_argument(
+        "--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its own copies (default: <data-path>/raw)"
+    )
+    parser.add_argument(
+        "--shorter-side",
+        type=int,
+        metavar="N",
+        help="shorten larger images to N pixels on the shorter side (default: files as they are); a "
+        "few times smaller, but no longer the published pixels",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decoding threads, 0 for one a core (default: 0); the result does not depend on it",
+    )
     return parser
 
 
@@ -417,8 +473,11 @@ def _samples(arguments):
     copy = COPIES[name]
     print(f"split: {copy.split}", flush=True)
     if name in SPLIT_FILES:
-        print(f"which is not the paper's: for its sizes add --images {raw / copy.images} "
-              f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)", flush=True)
+        print(
+            f"which is not the paper's: for its sizes add --images {raw / copy.images} "
+            f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)",
+            flush=True,
+        )
     return torchvision_samples(name, raw)
 
 

@@ -47,12 +47,7 @@ def test_stored_values_are_those_of_torchvision(size, stored):
 
     image = open_image(picture(7, size), "here")
     exact = transforms.Compose([transforms.Resize((stored, stored)), transforms.ToTensor()])(image)
-    ours = (
-        torch.from_numpy(Preset(stored).store(image).copy())
-        .permute(2, 0, 1)
-        .float()
-        .div_(torch.tensor(255.0))
-    )
+    ours = torch.from_numpy(Preset(stored).store(image).copy()).permute(2, 0, 1).float().div_(torch.tensor(255.0))
     assert torch.equal(ours, exact)
     clip = transforms.Compose(
         [
@@ -116,9 +111,7 @@ def damaged(path, how):
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize(
-    "how", ["cut off", "empty", "last byte", "longer", "pixel", "trailer", "zeros", "text"]
-)
+@pytest.mark.parametrize("how", ["cut off", "empty", "last byte", "longer", "pixel", "trailer", "zeros", "text"])
 def test_damaged_caches_are_made_again(tmp_path, monkeypatch, how):
     folder = make_ilmvp(tmp_path / "set")
     expected = task_of(folder, tmp_path / "cache").train.images.clone()
@@ -191,9 +184,7 @@ def test_without_room_for_a_cache_images_are_kept_in_memory(tmp_path, monkeypatc
     folder = make_ilmvp(tmp_path / "set")
     expected = task_of(folder, tmp_path / "fine").train
     if when == "no room":
-        monkeypatch.setattr(
-            cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(100, 0, 99)
-        )
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(100, 0, 99))
     elif when == "a file in its place":
         (tmp_path / "cache").write_text("mine")
     else:

@@ -68,8 +68,16 @@ def test_exif_orientation_is_honoured_where_it_is_asked_for(orientation, format)
     plain = encode(upside, format)
     stored = open_image(encoded, "here")
     assert np.array_equal(np.asarray(stored), np.asarray(open_image(plain, "here")))
-    turn = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
-            6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}[orientation]
+    turn = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: np.rot90,
+    }[orientation]
     assert np.array_equal(np.asarray(upright(stored)), turn(np.asarray(stored)))
     assert (upright(stored) is stored) == (orientation == 1)
 

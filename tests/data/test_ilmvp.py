@@ -414,9 +414,7 @@ def make_fuzzed(tmp_path):
     return tmp_path / "set"
 
 
-@pytest.mark.filterwarnings(
-    "ignore::PIL.Image.DecompressionBombWarning", "ignore:invalid escape:DeprecationWarning"
-)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:invalid escape:DeprecationWarning")
 def test_fuzzed_records_and_splits_give_a_result_or_our_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcomes = fuzz(make_fuzzed(tmp_path), 2000, seed=0)
@@ -425,9 +423,7 @@ def test_fuzzed_records_and_splits_give_a_result_or_our_error(tmp_path, monkeypa
 
 
 @pytest.mark.soak
-@pytest.mark.filterwarnings(
-    "ignore::PIL.Image.DecompressionBombWarning", "ignore:invalid escape:DeprecationWarning"
-)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:invalid escape:DeprecationWarning")
 def test_fuzzed_records_and_splits_at_length(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcomes = fuzz(make_fuzzed(tmp_path), 100_000, seed=1)

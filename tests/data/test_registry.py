@@ -34,9 +34,7 @@ REAL_DATA, REFERENCE = os.environ.get("BLM_REAL_DATA"), os.environ.get("BLM_REFE
 
 
 def task_of(name, data_path=None, cache_path=None, side=16, **settings):
-    return load_task(
-        name, data_path, padding_preset(side), padding_preset(side), cache_path=cache_path, **settings
-    )
+    return load_task(name, data_path, padding_preset(side), padding_preset(side), cache_path=cache_path, **settings)
 
 
 def refused(error, match, *call, **settings):
@@ -96,12 +94,9 @@ def test_digits():
 
 def test_synthetic_is_the_same_every_time_and_shows_its_classes():
     task, again = task_of("synthetic", side=32), task_of("synthetic", side=32)
-    assert torch.equal(task.train.images, again.train.images) and torch.equal(
-        task.test.images, again.test.images
-    )
+    assert torch.equal(task.train.images, again.train.images) and torch.equal(task.test.images, again.test.images)
     assert (
-        torch.bincount(task.train.labels).tolist() == [8] * 8
-        and torch.bincount(task.test.labels).tolist() == [4] * 8
+        torch.bincount(task.train.labels).tolist() == [8] * 8 and torch.bincount(task.test.labels).tolist() == [4] * 8
     )
     assert task.class_names[:2] == ["red disc", "red square"]
     for image, label in zip(task.test.images, task.test.labels, strict=True):
@@ -260,6 +255,14 @@ def test_a_data_set_of_ones_own_is_one_entry(monkeypatch, more):
     assert np.array_equal(task.test.images[1].numpy(), padding_preset(16).store(Image.fromarray(images[1])))
 
 
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8), np.zeros((3, 8, 8, 3), np.uint8)]
+)
+def test_arrays_that_are_no_images_are_refused(images):
+    with pytest.raises(ValueError, match=r"mine: images of shape .*, with 2 labels; expected \(N, h, w, 3\), uint8"):
+        ArraySource("mine", images, [0, 1])
+
+
 @pytest.mark.parametrize("labels", [[0, 2], [-1, 1]])
 def test_labels_without_a_class_name_are_refused(monkeypatch, labels):
     source = ArraySource("mine/train", np.zeros((2, 8, 8, 3), np.uint8), labels)
@@ -277,9 +280,7 @@ def test_empty_and_missing_folders(tmp_path):
 
 def test_ilmvp_by_name_and_by_folder_warning_of_other_sizes(tmp_path):
     folder = make_ilmvp(tmp_path / "dtd")
-    with pytest.warns(
-        UserWarning, match=r"dtd has 5 training images \(published: 2820\), 3 test .* 3 classes"
-    ):
+    with pytest.warns(UserWarning, match=r"dtd has 5 training images \(published: 2820\), 3 test .* 3 classes"):
         named = task_of("dtd", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -338,9 +339,7 @@ def test_split_is_compared_also_when_the_cache_is_warm(tmp_path):
 
 
 def test_missing_data_set_names_the_folder_it_should_be_in(tmp_path):
-    refused(
-        FileNotFoundError, "sun397 is not a folder.*train.lmdb, test.lmdb, split.json", "sun397", tmp_path
-    )
+    refused(FileNotFoundError, "sun397 is not a folder.*train.lmdb, test.lmdb, split.json", "sun397", tmp_path)
 
 
 def test_train_fraction_is_stratified_seeded_and_rounds_half_up():
@@ -427,11 +426,7 @@ def test_a_class_is_never_held_out_as_a_whole(tmp_path):
 
 
 def test_class_name_tables():
-    assert (
-        len(CIFAR10) == 10
-        and len(CIFAR100) == 100 == len(set(CIFAR100))
-        and len(GTSRB) == 43 == len(set(GTSRB))
-    )
+    assert len(CIFAR10) == 10 and len(CIFAR100) == 100 == len(set(CIFAR100)) and len(GTSRB) == 43 == len(set(GTSRB))
     assert CIFAR100 == sorted(CIFAR100) and CIFAR10 == sorted(CIFAR10)
     assert GTSRB[14] == "stop" and clean_class_name(GTSRB[9]) == "no overtaking general"
     assert clean_class_name(CIFAR100[1]) == "aquarium fish"
@@ -477,9 +472,7 @@ def test_torchvision_sets_are_loaded_once_and_then_come_from_the_cache(name, tmp
     again = task_of(name, tmp_path, tmp_path / "cache", side=32)
     assert FakeDataset.built == built and torch.equal(task.train.images, again.train.images)
     expected = np.random.RandomState(1).randint(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(task.train.images.numpy(), expected) and task.train.labels.tolist() == list(
-        range(10)
-    )
+    assert np.array_equal(task.train.images.numpy(), expected) and task.train.labels.tolist() == list(range(10))
     assert task.class_names[:2] == (["airplane", "automobile"] if name == "cifar10" else ["0", "1"])
 
 

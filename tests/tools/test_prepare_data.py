@@ -28,8 +28,15 @@ def coop(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(i, (60, 40), "JPEG" if path.suffix == ".jpg" else "PNG"))
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
-    return ["flowers102", "--images", str(images), "--split", str(tmp_path / "split.json"),
-            "--data-path", str(tmp_path / "datasets")]
+    return [
+        "flowers102",
+        "--images",
+        str(images),
+        "--split",
+        str(tmp_path / "split.json"),
+        "--data-path",
+        str(tmp_path / "datasets"),
+    ]
 
 
 def edit(coop, change):
