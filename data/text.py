@@ -33,7 +33,7 @@ class Prompts:
 
     @property
     def texts(self):
-        """All S prompts, list of str: prompt s is template s // T filled with class s % T."""
+        """All S prompts, list of str: template by template."""
         return [template.replace("{}", name) for template in self.templates for name in self.class_names]
 
 
