@@ -141,9 +141,10 @@ def _load(settings, presets, splits, class_names=None):
     if not splits:
         return Task(settings.dataset, class_names, None, None)
     presets = [preset if split in splits else None for split, preset in zip(SPLITS, presets, strict=True)]
+    data_path = None if settings.dataset.startswith("folder:") else settings.data_path
     with distributed.main_process_first():
         task = load_task(
-            settings.dataset, settings.data_path, *presets, cache_path=Path(settings.results_path) / "cache",
+            settings.dataset, data_path, *presets, cache_path=Path(settings.results_path) / "cache",
             workers=settings.workers, train_fraction=settings.train_fraction, seed=settings.seed,
         )
     if class_names not in (None, task.class_names):
