@@ -60,6 +60,13 @@ class Config:
     train_fraction: float = option(
         1.0, "data", "share of the training set to use, by class", "in (0, 1]", share
     )
+    shots: int | None = option(
+        None, "data", "training images of each class to use, drawn with the seed (default: all)", *at_least(1), type=int
+    )
+    validation_fraction: float = option(
+        0.0, "data", "share of the training images, by class, to hold out for choosing the best epoch", "in [0, 1)",
+        lambda held_out: 0 <= held_out < 1,
+    )
     workers: int = option(
         0, "data", "decoding threads, 0 for one per core", "in [0, 256]", lambda n: 0 <= n <= 256, affects="place"
     )
@@ -134,6 +141,15 @@ class Config:
         chosen["mapping"] = check_mapping_name(chosen["mapping"])
         values = common | recipe(chosen) | {name: chosen[name] for name in ("mapping", *given)}
         _refuse_epochs_without_training(values)
+        if values["shots"] is not None and values["train_fraction"] < 1:
+            raise ValueError("--shots and --train-fraction exclude each other; give one of them")
+        if values["dataset"].startswith("folder:"):
+            if values["data_path"] != common["data_path"]:
+                raise ValueError(f"--data-path is for data sets by name, but {values['dataset']} says where its images "
+                                 "are; leave it out")
+            # as tools find them from any folder, and elsewhere by a --data-path of theirs
+            values["dataset"] = "folder:" + str(Path(values["dataset"].removeprefix("folder:")).resolve())
+            values["data_path"] = ""
         parts = {"mapping": MAPPINGS[values["mapping"]], "reprogramming": REPROGRAMMING[values["reprogramming"]]}
         own = {s.name: s for part in parts.values() for s in part.settings}
         _refuse_settings_without_effect({k: v for k, v in given.items() if k not in common and k not in own}, values)

@@ -36,17 +36,17 @@ class System:
     zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
     def loaders(self, batch_size, seed):
-        """`data.BatchLoader` of the three steps: ``estimate``, ``train``, ``test``."""
+        """`data.BatchLoader` of the steps: ``estimate``, ``train``, ``test`` and, where there is one, ``validation``."""
         train, test = self.presets
         common = {
             "device": self.device, "seed": seed, "rank": distributed.rank(), "world_size": distributed.world_size()
         }
+        sets = {"estimate": (self.task.train, train), "train": (self.task.train, train), "test": (self.task.test, test)}
+        if self.task.validation is not None:
+            sets["validation"] = self.task.validation, test
         return {
-            "estimate": BatchLoader(
-                self.task.train, train, batch_size, shuffle=False, purpose="estimate", **common
-            ),
-            "train": BatchLoader(self.task.train, train, batch_size, shuffle=True, purpose="train", **common),
-            "test": BatchLoader(self.task.test, test, batch_size, shuffle=False, purpose="test", **common),
+            step: BatchLoader(images, preset, batch_size, shuffle=step == "train", purpose=step, **common)
+            for step, (images, preset) in sets.items()
         }
 
     def zero_shot_accuracy(self, batch_size, check_stop=lambda: None):
@@ -141,11 +141,11 @@ def _load(settings, presets, splits, class_names=None):
     if not splits:
         return Task(settings.dataset, class_names, None, None)
     presets = [preset if split in splits else None for split, preset in zip(SPLITS, presets, strict=True)]
-    data_path = None if settings.dataset.startswith("folder:") else settings.data_path
     with distributed.main_process_first():
         task = load_task(
-            settings.dataset, data_path, *presets, cache_path=Path(settings.results_path) / "cache",
-            workers=settings.workers, train_fraction=settings.train_fraction, seed=settings.seed,
+            settings.dataset, settings.data_path or None, *presets, cache_path=Path(settings.results_path) / "cache",
+            workers=settings.workers, train_fraction=settings.train_fraction, shots=settings.shots,
+            validation_fraction=settings.validation_fraction, seed=settings.seed,
         )
     if class_names not in (None, task.class_names):
         raise ValueError(
@@ -174,6 +174,8 @@ def _join(settings, device, classifier, input_vr, presets, task):
         classifier, input_vr, switches=parts.get(settings.engine, settings.engine.split(","))
     )
     content = {"class names": task.class_names}
+    for split, fingerprint in task.fingerprint.items():
+        content[f"{split} images"] = fingerprint[:16]
     if settings.weights is not None and Path(settings.weights).is_file():
         content["weights"] = _digest(settings.weights)
     return System(task, classifier, input_vr, network, mapping, presets, device, content)

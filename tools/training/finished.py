@@ -3,6 +3,7 @@
 Every tool that does something with a trained run starts here.
 """
 
+import warnings
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
         data set or prompt templates have gone or are not those of the run.
     """
     folder = Path(folder)
-    kind, saved = _read_settings(folder)
+    kind, saved, content = _read_settings(folder)
     require_plugin(saved["plugin"], plugin, folder)
     path = checkpoint_path(folder, checkpoint)
     if not path.is_file():
@@ -126,6 +127,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     system = BUILDERS[kind](settings, target, splits, state["class_names"])
     if kind == "vlm" and system.classifier.source_names != state["source_names"]:
         raise ValueError(f"{folder} was trained with other prompts than {settings.templates} makes; restore that file")
+    _compare(folder, content, system.content)
     _load_state(folder, path, system, state)
     return FinishedRun(folder, kind, settings, state, system)
 
@@ -145,7 +147,16 @@ def _read_settings(folder):
     lacking = [name for name in needed if name not in config["settings"]]
     if lacking:
         raise ValueError(f"{path} lacks the setting {lacking[0]!r}; restore that file")
-    return config["kind"], config["settings"]
+    return config["kind"], config["settings"], config["content"]
+
+
+def _compare(folder, then, now):
+    """Refuse other weights than those of the run; only warn of other images, which a user may want to try."""
+    for name, value in now.items():
+        if then.get(name) != value and name == "weights":
+            raise ValueError(f"{folder} was trained with another weights file; pass the one of that time by --weights")
+        if then.get(name) not in (None, value) and name.endswith("images"):
+            warnings.warn(f"these are not the {name} that {folder} was trained with", stacklevel=3)
 
 
 def _frozen(settings, folder):

@@ -259,17 +259,17 @@ class Run:
         Parameters
         ----------
         metrics : dict
-            One epoch's line; its ``test_accuracy`` decides about the best checkpoint (the first of equals stays).
+            One epoch's line; see `score` for what decides about the best checkpoint (the first of equals stays).
         state : dict
             Tensors and plain values that `open` gives back after a restart.
         """
-        best_before = max((line["test_accuracy"] for line in self.metrics), default=-math.inf)
+        best_before = max(map(score, self.metrics), default=-math.inf)
         lines = [*self.metrics, metrics]
         checkpoint = {"kind": self.cfg.kind, "settings": self.cfg.settings, "metrics": lines, **state}
         last, previous, best = (checkpoint_path(self.folder, name) for name in ("last", "previous", "best"))
         temporary = last.with_name(f".{last.name}.tmp")
         write_checkpoint(temporary, checkpoint)
-        if metrics["test_accuracy"] > best_before:
+        if score(metrics) > best_before:
             _link_over(temporary, best)
         if last.exists():
             _link_over(last, previous)
@@ -310,14 +310,22 @@ def summarise(settings, metrics):
 
     Returns
     -------
-    dict; accuracies are fractions of 1, ``best_accuracy`` is best-on-test (the papers' habit), at the first such epoch.
+    dict; accuracies are fractions of 1, of the test set. ``best_accuracy`` is that of the first epoch which is best on
+    the test set, the papers' habit, or, where ``best_on`` says so, on the images held out for validation.
     """
-    accuracies = [line["test_accuracy"] for line in metrics]
-    best = max(accuracies)
+    scores = [score(line) for line in metrics]
+    best = scores.index(max(scores))
     kept = ("dataset", "backbone", "reprogramming", "mapping", "seed", "epochs")
-    return {key: settings[key] for key in kept} | {
-        "final_accuracy": accuracies[-1], "best_accuracy": best, "best_epoch": accuracies.index(best),
+    result = {key: settings[key] for key in kept} | {
+        "final_accuracy": metrics[-1]["test_accuracy"], "best_accuracy": metrics[best]["test_accuracy"],
+        "best_epoch": best,
     }
+    return result | ({"best_on": "validation"} if "validation_accuracy" in metrics[best] else {})
+
+
+def score(line):
+    """What epochs are compared by: accuracy on the images held out for validation, or else on the test set."""
+    return line.get("validation_accuracy", line["test_accuracy"])
 
 
 def read_config(path):

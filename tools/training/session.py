@@ -156,6 +156,8 @@ class Session:
             "test_accuracy": tested.accuracy, "mapping_change": change, "lr": trained.lr,
             "seconds": {step: round(value, 3) for step, value in seconds.items()},
         }
+        if tested.validation_accuracy is not None:
+            metrics["validation_accuracy"] = tested.validation_accuracy
         if self.main:
             self._history.append({"epoch": epoch, **_heaviest(weights)})
             with _failing_with_code_1():
@@ -171,6 +173,8 @@ class Session:
                     self._tensorboard.add_scalar(name, metrics[name], epoch)
             self._tensorboard.flush()
         shown = "" if change is None else f", mapping change {change:.3g}"
+        if tested.validation_accuracy is not None:
+            shown = f", validation {tested.validation_accuracy:.2%}{shown}"
         if trained.loss is None:
             head = "without training: "
         else:
@@ -197,8 +201,8 @@ class Session:
         if self.main:
             with _failing_with_code_1():
                 self.run.finish(result)
-        self.log(f"final accuracy {result['final_accuracy']:.2%}; best on test {result['best_accuracy']:.2%} "
-                 f"after epoch {result['best_epoch'] + 1}")
+        self.log(f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
+                 f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}")
 
     def __exit__(self, kind, error, traceback):
         try:

@@ -57,9 +57,10 @@ class Trained(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """What a pass over the test set came to."""
+    """What a pass over the test set, and over the images held out for validation, came to."""
 
     accuracy: float  # fraction of 1
+    validation_accuracy: float | None  # likewise
     seconds: float
 
 
@@ -183,22 +184,27 @@ class Trainer:
         return Trained(loss_sum / seen, correct / seen, lr, self._seconds_since(start))
 
     def evaluate(self, epoch=0):
-        """Measure the test set, every sample once whatever the number of processes.
+        """Measure the test set, and what is held out for validation; every sample once.
 
         Returns
         -------
         Tested
         """
         start = time.perf_counter()
+        accuracy = self._accuracy("test", epoch)
+        validation = self._accuracy("validation", epoch) if "validation" in self.loaders else None
+        return Tested(accuracy, validation, self._seconds_since(start))
+
+    def _accuracy(self, split, epoch):
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
         with torch.inference_mode(), self.network.accumulate():
-            for batch in self._batches("test", epoch):
+            for batch in self._batches(split, epoch):
                 predicted = self.mapping(self._logits_that_fit(batch.images)).argmax(1)
                 totals += torch.stack([(predicted == batch.labels).sum().double(), _count(batch, totals)])
         distributed.sum_over_processes(totals)
         correct, seen = totals.tolist()
-        assert seen == self.loaders["test"].num_samples, "the evaluation lost samples"
-        return Tested(correct / seen, self._seconds_since(start))
+        assert seen == self.loaders[split].num_samples, "the evaluation lost samples"
+        return correct / seen
 
     # ---- what they are made of ----
 
