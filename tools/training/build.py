@@ -36,7 +36,7 @@ class System:
     zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
     def loaders(self, batch_size, seed):
-        """`data.BatchLoader` of the steps: ``estimate``, ``train``, ``test`` and, where there is one, ``validation``."""
+        """`data.BatchLoader` of each step: ``estimate``, ``train``, ``test`` and perhaps ``validation``."""
         train, test = self.presets
         common = {
             "device": self.device, "seed": seed, "rank": distributed.rank(), "world_size": distributed.world_size()
