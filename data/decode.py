@@ -71,6 +71,8 @@ def _to_8_bit(image):
     low, high = values.min(), values.max()
     if not np.isfinite(high - low):
         raise ValueError("values that are not finite")
-    scaled = Image.fromarray(np.round((values - low) * (255 / ((high - low) or 1))).astype(np.uint8))
+    values -= low  # in place: an image may fill much of the memory
+    values *= 255 / ((high - low) or 1)
+    scaled = Image.fromarray(np.round(values, out=values).astype(np.uint8))
     scaled.info = image.info  # EXIF lies there
     return scaled

@@ -23,7 +23,7 @@ import numpy as np
 
 from data.class_names import clean_class_name
 from data.decode import open_image
-from data.files import written_whole
+from data.files import printable, written_whole
 from data.lmdb_file import LmdbFile
 from data.restricted_pickle import MAX_RECORD_BYTES, restricted_loads
 
@@ -135,7 +135,7 @@ class LmdbSource:
     @property
     def names(self):
         """list of str : the keys, readable."""
-        return [key.decode("utf-8", "backslashreplace") for key in self.keys]
+        return [printable(key.decode("utf-8", "backslashreplace")) for key in self.keys]
 
     def where(self, i):
         """Name sample `i` in a message."""

@@ -96,11 +96,11 @@ def _open_ilmvp_folder(folder):
     return Opened(class_names, train, test, check)
 
 
-def open_folder(name, data_path=None):
-    """Open ``folder:PATH``: an ILM-VP folder, or ``train/<class>/*`` and ``test/<class>/*``.
+def find_folder(name, data_path=None):
+    """The folder of ``folder:PATH``.
 
-    With a `data_path`, PATH is where the data were: they are in `data_path` itself where that holds ``train`` or
-    ``train.lmdb``, else in its folder of the same name.
+    Without a `data_path` it is PATH. With one, PATH is where the data were: they are in `data_path` itself where that
+    holds ``train`` or ``train.lmdb``, else in its folder of the same name.
     """
     folder = Path(name.removeprefix(FOLDER_PREFIX))
     if data_path:
@@ -109,6 +109,12 @@ def open_folder(name, data_path=None):
             folder /= moved
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; {name} is expected there")
+    return folder
+
+
+def open_folder(name, data_path=None):
+    """Open ``folder:PATH``: an ILM-VP folder, or ``train/<class>/*`` and ``test/<class>/*``; see `find_folder`."""
+    folder = find_folder(name, data_path)
     if (folder / "train.lmdb").exists():
         return _open_ilmvp_folder(folder)
     train, test, names = sources.class_folders(folder)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import DATASETS, check_dataset_name, clean_class_name
 from data.decode import open_image
 from data.ilmvp import LmdbSource, check_against_split, read_split
-from data.registry import open_ilmvp
+from data.registry import FOLDER_PREFIX, find_folder, open_ilmvp
 from data.sources import class_folders
 from tools.console import Parser, one_line_warnings, user_errors
 
@@ -164,9 +164,8 @@ def main(argv=None):
     parser.add_argument(
         "--data-path",
         type=Path,
-        default=Path("datasets"),
         metavar="DIR",
-        help="folder that holds the data sets (default: datasets)",
+        help="with --dataset: folder that holds the data sets (default: datasets), or a moved folder:PATH",
     )
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one a core (default: 0)"
@@ -175,15 +174,20 @@ def main(argv=None):
         arguments = parser.parse_args(argv)
         if (arguments.path is None) == (arguments.dataset is None):
             raise ValueError("give either PATH or --dataset NAME")
+        if arguments.path is not None and arguments.data_path is not None:
+            raise ValueError("--data-path goes with --dataset NAME; PATH is taken as it is")
         if arguments.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {arguments.workers}")
         name = arguments.dataset
         if name is not None:
             check_dataset_name(name)
         if name in DATASETS:
-            summary, findings = check_named(name, arguments.data_path, arguments.workers)
+            summary, findings = check_named(name, arguments.data_path or Path("datasets"), arguments.workers)
+        elif name is not None:
+            path = find_folder(name, arguments.data_path)
+            summary, findings = check_folder(path, workers=arguments.workers)
         else:
-            path = Path((arguments.path or name).removeprefix("folder:"))
+            path = Path(arguments.path.removeprefix(FOLDER_PREFIX))
             summary, findings = check_folder(path, path.resolve().name, arguments.workers)
     print(summary)
     for finding in findings:

@@ -288,7 +288,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
         Image file, label, and its name in ``split.json``.
     class_names : list of str
     shorter_side : int, optional
-        Images with a longer shorter side are resized to it, in pixels, aspect kept; JPEG and WEBP become JPEG of
+        Images with a longer shorter side are resized to it, in pixels, aspect kept; JPEG, WEBP and AVIF become JPEG of
         quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are,
         unless their EXIF orientation turns them: records are read without it.
     workers : int
@@ -388,7 +388,7 @@ class _Checked:
                 raise ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
             return b""
         size = [max(1, round(side * scale)) for side in image.size]
-        lossy = encoded.startswith(b"\xff\xd8") or encoded[8:12] == b"WEBP"
+        lossy = encoded.startswith(b"\xff\xd8") or encoded[8:12] == b"WEBP" or encoded[4:8] == b"ftyp"  # AVIF
         how = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0} if lossy else {"format": "PNG"}
         stream = io.BytesIO()
         image.resize(size, Image.Resampling.BICUBIC).save(stream, **how, exif=b"")

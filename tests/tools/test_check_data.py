@@ -25,6 +25,7 @@ def test_whole_folders(tmp_path, capsys):
     folder = make_ilmvp(tmp_path / "mine")
     assert check(capsys, folder) == (0, "mine: 5 train images, 3 test images, 3 classes", [])
     assert check(capsys, "--dataset", f"folder:{folder}")[0] == 0
+    assert check(capsys, "--dataset", "folder:/elsewhere/mine", "--data-path", tmp_path)[0] == 0
     photos = make_class_folders(tmp_path / "photos")
     assert check(capsys, f"folder:{photos}") == (0, "photos: 5 train images, 2 test images, 2 classes", [])
 
@@ -129,6 +130,8 @@ BAD = [
     ([], "either PATH or --dataset"),
     (["a", "--dataset", "dtd"], "either PATH or --dataset"),
     (["absent"], "absent is no data set"),
+    (["absent", "--data-path", "datasets"], "--data-path goes with --dataset"),
+    (["--dataset", "folder:absent"], "absent is not a folder"),
     (["--dataset", "flower102"], "'flowers102'"),
     (["--dataset", "dtd"], "dtd is no data set"),
     (["--datasets", "dtd"], "did you mean --dataset?"),
