@@ -1,131 +1,250 @@
-"""Settings of the three scripts: one frozen dataclass each, filled from defaults, then recipe, then command line."""
+"""Settings of the three scripts: one frozen dataclass each; every setting is described once, on its field.
 
-import argparse
-from dataclasses import MISSING, asdict, dataclass, field, fields
+``python cfg.py`` prints the page of all flags, docs/flags.md.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 
 from data import check_dataset_name
-from mapping import check_mapping_name
-from models import SWITCHES
-from tools.console import Parser, torch_device
+from mapping import MAPPINGS, Setting, check_mapping_name, mapping_settings
+from models import REPROGRAMMING, SWITCHES, check_reprogramming_name
 
 # What the paper sets for single data sets: DTD and OxfordPets are small, with 256 an epoch is a dozen steps. The
 # digits, which are not the paper's, are smaller still: with 256 an epoch would be four steps.
 RECIPES = {"dtd": {"batch_size": 64}, "oxfordpets": {"batch_size": 64}, "digits": {"batch_size": 16}}
 
-# Settings that are for some mappings only: with another one they may not differ from their defaults.
-USED_BY = {
-    "laplace": ("blm", "blmpp"), "topk_ratio": ("blmpp",), "linear_variant": ("linear",), "bayes": ("blm", "blmpp"),
-    "topk": ("blmpp",), "iteration": ("ilm", "blm", "blmpp"),
-}
+# These are parts of every run folder's name; the others join it where they differ from the recipe.
+NAMED = ("dataset", "backbone", "reprogramming", "mapping", "seed")
+LONGEST_NAME = 200  # bytes of a run folder's name, which file systems limit to 255
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
-def option(default, group, text, **argument):
-    """A setting with its default, its group in ``--help``, its meaning, and further argparse arguments."""
-    return field(default=default, metadata={"group": group, "help": text, **argument})
+def option(default, group, text, allowed="", valid=lambda value: True, **more):
+    """A field with all that there is to say of a setting: see `mapping.Setting`."""
+    more = {"type": type(default)} | more
+    return field(default=default, metadata={"group": group, "help": text, "allowed": allowed, "valid": valid, **more})
+
+
+def at_least(number):
+    return f"{number} or more", lambda value: value >= number
+
+
+def share(value):
+    return 0 < value <= 1
 
 
 def _engine(text):
-    """``all``, ``plain``, or some of `SWITCHES` separated by commas, put into their fixed order."""
-    names = {"all": set(SWITCHES), "plain": set()}.get(text, set(text.split(",")))
+    """``auto``, ``plain``, or some of `SWITCHES` separated by commas, put into their fixed order."""
+    if text in ("auto", "plain"):
+        return text
+    names = set(text.split(","))
     unknown = sorted(names - set(SWITCHES))
     if unknown:
-        raise argparse.ArgumentTypeError(
-            f"unknown part {unknown[0]!r}; choose all, plain, or some of {','.join(SWITCHES)}"
-        )
-    return ",".join(name for name in SWITCHES if name in names) or "plain"
+        raise ValueError(f"unknown part {unknown[0]!r}; choose auto, plain, or some of {','.join(SWITCHES)}")
+    return ",".join(name for name in SWITCHES if name in names)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What all three scripts share. Every range is checked when an object is made."""
+    """What all three scripts share. Made by `of`, which adds the settings of the chosen mapping and input VR.
 
-    dataset: str = option(
-        "sun397", "data", "one of the paper's twelve, digits, synthetic, or folder:PATH", type=str
+    Each setting affects the ``result`` (it tells runs apart), only its ``rounding``, or only the ``place`` and manner
+    of work.
+    """
+
+    dataset: str = option("sun397", "data", "one of the paper's twelve, digits, synthetic, or folder:PATH")
+    data_path: str = option("datasets", "data", "folder that holds the data sets", affects="place")
+    train_fraction: float = option(
+        1.0, "data", "share of the training set to use, by class", "in (0, 1]", share
     )
-    data_path: str = option("datasets", "data", "folder that holds the data sets", type=str)
-    train_fraction: float = option(1.0, "data", "share of the training set to use, (0, 1], by class", type=float)
-    workers: int = option(0, "data", "decoding threads, 0 for one a core; results do not depend on it", type=int)
-
-    mapping: str = option("blmpp", "output mapping", "rlm, flm, ilm, blm, blmpp (alias blmp) or linear", type=str)
-    laplace: float = option(1.0, "output mapping", "Laplace smoothing λ of blm and blmpp, 0 or more", type=float)
-    topk_ratio: float = option(0.15, "output mapping", "α of blmpp: K = max(1, ⌊αT⌋), (0, 1]", type=float)
-    linear_variant: str = option(
-        "none", "output mapping", "linear: with bias, without, or weights through a sigmoid",
-        choices=("none", "nobias", "sigmoid"),
+    shots: int | None = option(
+        None, "data", "training images of each class to use, drawn with the seed (default: all)", *at_least(1), type=int
     )
-    bayes: bool = option(True, "output mapping", "ablation: ω from P(s|t) in place of P(t|s)")
-    topk: bool = option(True, "output mapping", "ablation: blmpp with all S probabilities")
-    iteration: bool = option(True, "output mapping", "ablation: estimate ω once, before epoch 0")
+    validation_fraction: float = option(
+        0.0, "data", "share of the training images, by class, to hold out for choosing the best epoch", "in [0, 1)",
+        lambda held_out: 0 <= held_out < 1,
+    )
+    workers: int = option(
+        0, "data", "decoding threads, 0 for one per core", "in [0, 256]", lambda n: 0 <= n <= 256, affects="place"
+    )
 
-    reprogramming: str = option("padding", "input VR", "how θ meets the image", choices=("padding", "watermarking"))
+    mapping: str = option("blmpp", "output mapping", f"{', '.join(MAPPINGS)}, or that of a plugin")
+
+    reprogramming: str = option("padding", "input VR", f"how θ meets the image: {', '.join(REPROGRAMMING)}")
     canvas_size: int | None = option(
-        None, "input VR", "side of the square that the backbone sees, in pixels (default: its own)", type=int
+        None, "input VR", "side of the square that the backbone sees, in pixels (default: its own)", *at_least(1),
+        type=int,
     )
 
-    backbone: str = option("resnet18", "backbone", "", type=str)
+    backbone: str = option("resnet18", "backbone", "")
     weights: str | None = option(None, "backbone", "", type=str)
 
-    epochs: int = option(200, "training", "passes over the training set", type=int)
-    batch_size: int = option(256, "training", "images a step (dtd, oxfordpets: 64; digits: 16)", type=int)
-    lr: float = option(0.01, "training", "learning rate of θ", type=float)
-    seed: int = option(0, "training", "seed of every draw", type=int)
+    epochs: int = option(
+        200, "training", "passes over the training set; 0: one estimate and one evaluation with θ as it starts, which "
+        "is all there is where nothing is trained", *at_least(0),
+    )
+    batch_size: int = option(256, "training", "images per step (dtd, oxfordpets: 64; digits: 16)", *at_least(1))
+    lr: float = option(0.01, "training", "learning rate of θ", "above 0", lambda lr: 0 < lr < float("inf"))
+    seed: int = option(0, "training", "seed of every draw", "in [0, 2^63)", lambda seed: 0 <= seed < 2**63)
     on_nonfinite: str = option(
-        "stop", "training", "at a loss, gradient or ω not finite: stop (exit code 3), or skip the step and count it",
-        choices=("stop", "skip"),
+        "stop", "training", "at a loss, gradient or ω that is not finite: stop (exit code 3), or skip the step and "
+        "count it", choices=("stop", "skip"), affects="place",
     )
 
-    device: str = option("auto", "machine", "cpu, cuda, cuda:N, or auto: cuda where there is one", type=str)
-    precision: str = option("fp32", "machine", "tf32 and fp16 need a GPU", choices=PRECISIONS)
+    device: str = option("auto", "machine", "cpu, cuda, cuda:N, or auto: cuda where there is one", affects="place")
+    precision: str = option(
+        "auto", "machine", "of the frozen network in training; auto: fp32 on a CPU, fp16 on a GPU; tf32 and fp16 need "
+        "a GPU", choices=PRECISIONS,
+    )
     engine: str = option(
-        ",".join(SWITCHES), "machine", "parts of the fast path, separated by commas; all; or plain: none", type=_engine
+        "auto", "machine", f"auto: the whole fast network; plain: none of it; or some of {', '.join(SWITCHES)}, "
+        "separated by commas", type=_engine, affects="rounding",
     )
-    deterministic: bool = option(False, "machine", "same bits twice on a GPU too (a CPU always gives them)")
+    deterministic: bool = option(
+        False, "machine", "same bits twice on a GPU too (a CPU always gives them)", affects="rounding"
+    )
 
-    results_path: str = option("results", "run", "where run folders and caches go", type=str)
-    overwrite: bool = option(False, "run", "start anew where the run folder holds a run")
-    tensorboard: bool = option(False, "run", "also write TensorBoard event files into the run folder")
+    results_path: str = option("results", "run", "where run folders and caches go", affects="place")
+    overwrite: bool = option(False, "run", "start from scratch where the run folder holds a run", affects="place")
+    tensorboard: bool = option(
+        False, "run", "also write TensorBoard event files into the run folder", affects="place"
+    )
+    plugin: str | None = option(
+        None, "run", "Python file that registers a mapping, input VR, backbone or data set of your own", type=str,
+        affects="place",
+    )
+
+    @classmethod
+    def settings_of_all(cls):
+        """Every setting that a command line may name, a dict of name to `Setting`: those of all parts included."""
+        return {f.name: Setting(f.name, f.default, **f.metadata) for f in fields(cls)} | {
+            name: replace(setting, help=f"{setting.help} (for {', '.join(users)})")
+            for name, (setting, _, users) in settings_of_parts().items()
+        }
+
+    @classmethod
+    def of(cls, **given):
+        """The settings of one run: defaults, then the data set's recipe, then what is ``given``.
+
+        Raises
+        ------
+        ValueError
+            A value out of range, or one for a mapping or input VR that is not chosen.
+        """
+        common = {f.name: f.default for f in fields(cls)}
+        chosen = common | given
+        check_dataset_name(chosen["dataset"])
+        check_reprogramming_name(chosen["reprogramming"])
+        chosen["mapping"] = check_mapping_name(chosen["mapping"])
+        values = common | recipe(chosen) | {name: chosen[name] for name in ("mapping", *given)}
+        _refuse_epochs_without_training(values)
+        if values["shots"] is not None and values["train_fraction"] < 1:
+            raise ValueError("--shots and --train-fraction exclude each other; give one of them")
+        if values["dataset"].startswith("folder:"):
+            if values["data_path"] != common["data_path"]:
+                raise ValueError(f"--data-path is for data sets by name, but {values['dataset']} says where its images "
+                                 "are; leave it out")
+            # as tools find them from any folder, and elsewhere by a --data-path of theirs
+            values["dataset"] = "folder:" + str(Path(values["dataset"].removeprefix("folder:")).resolve())
+            values["data_path"] = ""
+        parts = {"mapping": MAPPINGS[values["mapping"]], "reprogramming": REPROGRAMMING[values["reprogramming"]]}
+        own = {s.name: s for part in parts.values() for s in part.settings}
+        _refuse_settings_without_effect({k: v for k, v in given.items() if k not in common and k not in own}, values)
+        for name in ("weights", "templates", "plugin"):  # a run is found again from any folder
+            if values.get(name) not in (None, "none") and Path(values[name]).is_file():
+                values[name] = str(Path(values[name]).resolve())
+        extra = [(s.name, object, field(default=s.default, metadata=_metadata(s))) for s in own.values()]
+        complete = make_dataclass(cls.__name__, extra, bases=(cls,), frozen=True, namespace={"__doc__": cls.__doc__})
+        return complete(**{name: value for name, value in values.items() if name in common or name in own})
 
     def __post_init__(self):
-        check_dataset_name(self.dataset)
-        check_mapping_name(self.mapping)
-        _require(self.epochs >= 1, "--epochs", self.epochs, "1 or more")
-        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
-        _require(0 < self.lr < float("inf"), "--lr", self.lr, "above 0")
-        _require(0 <= self.laplace < float("inf"), "--laplace", self.laplace, "0 or more")
-        _require(0 < self.topk_ratio <= 1, "--topk-ratio", self.topk_ratio, "in (0, 1]")
-        _require(0 < self.train_fraction <= 1, "--train-fraction", self.train_fraction, "in (0, 1]")
-        _require(0 <= self.seed < 2**63, "--seed", self.seed, "in [0, 2^63)")
-        _require(0 <= self.workers <= 256, "--workers", self.workers, "in [0, 256]")
-        _require(self.canvas_size is None or self.canvas_size >= 1, "--canvas-size", self.canvas_size, "1 or more")
-        self._check_use()
-        self._check_machine()
-
-    def _check_use(self):
-        """No setting is silently without effect."""
-        mapping = check_mapping_name(self.mapping)
-        defaults = {setting.name: setting.default for setting in fields(self)}
-        for name, mappings in USED_BY.items():
-            if getattr(self, name) != defaults[name] and mapping not in mappings:
-                flag = ("--no-" if defaults[name] is True else "--") + name.replace("_", "-")
-                raise ValueError(f"{flag} is for {' and '.join(mappings)}, but the mapping is {mapping}; leave it out")
-
-    def _check_machine(self):
-        device = self.torch_device
-        if device.type == "cpu" and self.precision in ("tf32", "fp16"):
-            raise ValueError(f"--precision {self.precision} needs a GPU; on a CPU take fp32 or bf16")
-
-    @property
-    def torch_device(self):
-        """The device to run on, with ``auto`` resolved."""
-        return torch_device(self.device)
+        for f in fields(self):
+            Setting(f.name, f.default, **f.metadata).check(getattr(self, f.name))
 
     @property
     def settings(self):
         """Every setting as plain values, the way ``config.json`` keeps them."""
         return asdict(self)
+
+    def that_affect(self, what):
+        """The settings that affect ``what``: ``result``, ``rounding`` or ``place``; a dict."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("affects", "result") == what}
+
+    @property
+    def distinct(self):
+        """The settings that affect the result and differ from the recipe, beside those of every name; a dict."""
+        usual = {f.name: f.default for f in fields(self)} | recipe(vars(self))
+        values = self.that_affect("result")
+        return {name: value for name, value in values.items() if name not in NAMED and value != usual[name]}
+
+    @property
+    def folder(self):
+        """The run folder, ``<results-path>/<kind>/<dataset>/<backbone>_<reprogramming>_<mapping>_seed<seed>…``."""
+        parts = [f"{name}={_as_file_name(value)}" for name, value in self.distinct.items()]
+        names = [_as_file_name(getattr(self, name)) for name in ("backbone", "reprogramming", "mapping")]
+        name = "_".join([*names, f"seed{self.seed}", *parts])
+        if len(name.encode()) > LONGEST_NAME:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+            name = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + "-" + digest
+        return Path(self.results_path) / self.kind / _as_file_name(self.dataset) / name
+
+
+def recipe(chosen):
+    """What differs from the defaults for the chosen data set, mapping and input VR; a dict."""
+    found = RECIPES.get(chosen["dataset"], {})
+    return found if _trains(chosen) else found | {"epochs": 0}
+
+
+def _trains(chosen):
+    return REPROGRAMMING[chosen["reprogramming"]].trained or MAPPINGS[chosen["mapping"]].trained
+
+
+def _refuse_epochs_without_training(values):
+    if values["epochs"] and not _trains(values):
+        raise ValueError(
+            f"--epochs {values['epochs']}: there is nothing to train with --reprogramming {values['reprogramming']} "
+            f"and --mapping {values['mapping']}, which is estimated once; leave it out"
+        )
+
+
+def settings_of_parts():
+    """The settings that single mappings and input VRs declare; a dict of name to (`Setting`, kind of part, users)."""
+    found = {name: (setting, "mapping", users) for name, (setting, users) in mapping_settings().items()}
+    for part, entry in REPROGRAMMING.items():
+        for setting in entry.settings:
+            known, _, users = found.setdefault(setting.name, (setting, "reprogramming", []))
+            if known is not setting:
+                raise ValueError(f"two parts declare a setting {setting.name!r}; rename that of the plugin")
+            users.append(part)
+    return found
+
+
+def _refuse_settings_without_effect(given, values):
+    known = settings_of_parts()
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"unknown setting {name!r}")
+        setting, kind, users = known[name]
+        if value != setting.default:
+            raise ValueError(
+                f"{setting.flag} is for {' and '.join(users)}, but the {kind} is {values[kind]}; leave it out"
+            )
+
+
+def _metadata(setting):
+    return {key: value for key, value in vars(setting).items() if key not in ("name", "default")}
+
+
+def _as_file_name(value):
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if text.startswith("folder:"):
+        text = "folder-" + Path(text.removeprefix("folder:")).resolve().name
+    elif Path(text).is_absolute():
+        text = Path(text).name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
 
 
 _BACKBONE = "resnet18, resnet50, resnext101_32x8d, efficientnet_lite0, vit_b_32 or timm:<name>"
@@ -137,7 +256,7 @@ class VMConfig(Config):
     """train_vm.py: Adam, lr 0.01, ×0.1 at 50 % and at 72 % of the epochs."""
 
     kind = "vm"
-    backbone: str = option("resnet18", "backbone", _BACKBONE, type=str)
+    backbone: str = option("resnet18", "backbone", _BACKBONE)
     weights: str | None = option(None, "backbone", _WEIGHTS, type=str)
 
 
@@ -154,69 +273,52 @@ class VLMConfig(Config):
 
     kind = "vlm"
     reprogramming: str = option(
-        "watermarking", "input VR", "how θ meets the image", choices=("padding", "watermarking")
+        "watermarking", "input VR", f"how θ meets the image: {', '.join(REPROGRAMMING)}"
     )
-    backbone: str = option("ViT-B-32-quickgelu", "backbone", "an open_clip model name", type=str)
+    backbone: str = option("ViT-B-32-quickgelu", "backbone", "an open_clip model name")
     weights: str | None = option(
-        "openai", "backbone", "an open_clip tag or a checkpoint file; none: random, for smoke tests", type=str
+        "openai", "backbone", "an open_clip tag or a checkpoint file; none: random, for smoke tests"
     )
     templates: str | None = option(
-        None, "backbone", "text file with a prompt template a line, each with {} (default: the paper's 81)", type=str
+        None, "backbone", "text file with a prompt template per line, each with {} (default: the paper's 81)", type=str
     )
-    lr: float = option(40.0, "training", "learning rate of θ", type=float)
+    lr: float = option(40.0, "training", "learning rate of θ", "above 0", lambda lr: 0 < lr < float("inf"))
 
 
-def _require(holds, flag, value, allowed):
-    if not holds:
-        raise ValueError(f"{flag} must be {allowed}, got {value}")
+CONFIGS = (VMConfig, VMFastConfig, VLMConfig)
 
 
-def build_parser(config, description):
-    """The argparse parser of a config class; flags that are not given stay out of its namespace."""
-    parser = Parser(description=description, usage="%(prog)s [options]", argument_default=argparse.SUPPRESS)
-    groups = {}
-    for setting in fields(config):
-        arguments = dict(setting.metadata)
-        group = arguments.pop("group")
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        flag = "--" + setting.name.replace("_", "-")
-        if setting.default is False:
-            arguments["action"] = "store_true"
-        elif setting.default is True:  # ablations: on unless switched off
-            flag, arguments["action"], arguments["dest"] = f"--no-{flag[2:]}", "store_false", setting.name
-        else:
-            if setting.default is not None:
-                arguments["help"] += f" (default: {setting.default})"
-            if "choices" not in arguments:
-                arguments["metavar"] = flag[2:].replace("-", "_").upper()
-        groups[group].add_argument(flag, **arguments)
-    return parser
+def flags_page():
+    """docs/flags.md: every flag of the three scripts, by group."""
+    vm, vlm = VMConfig.settings_of_all(), VLMConfig.settings_of_all()
+    lines = ["# Flags", "", "Written by `python cfg.py`. The same for the three scripts; *CLIP* marks where "
+             "`train_vlm.py` differs. `--help` prints them, too.", ""]
+    for group in dict.fromkeys(setting.group for setting in vlm.values()):
+        lines += [f"## {group[0].upper()}{group[1:]}", "", "| flag | default | meaning | range | affects |",
+                  "| --- | --- | --- | --- | --- |"]
+        for name, clip in vlm.items():
+            if clip.group != group:
+                continue
+            vision = vm.get(name, clip)
+            default, meaning = (
+                _both(of(vision), of(clip)) for of in (_shown_default, lambda setting: setting.help)
+            )
+            allowed = clip.allowed or ", ".join(f"`{choice}`" for choice in clip.choices)
+            cells = [f"`{clip.flag}`", default, meaning, allowed, clip.affects]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def parse(config, description, argv=None):
-    """Read a command line into ``config``: defaults, then the data set's recipe, then what was typed.
+def _shown_default(setting):
+    if isinstance(setting.default, bool):
+        return "off"
+    return "" if setting.default is None else f"`{setting.default}`"
 
-    Parameters
-    ----------
-    config : type
-        A subclass of `Config`.
-    description : str
-        Head of ``--help``.
-    argv : list of str, optional
-        Instead of ``sys.argv[1:]``.
 
-    Raises
-    ------
-    ValueError
-        For a value out of range; a malformed command line ends the process with one line and exit code 2.
-    """
-    typed = vars(build_parser(config, description).parse_args(argv))
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    dataset = typed.get("dataset", defaults["dataset"])
-    merged = {**defaults, **RECIPES.get(dataset, {}), **typed}
-    merged["engine"] = _engine(merged["engine"])
-    merged["mapping"] = check_mapping_name(merged["mapping"])
-    if merged["weights"] not in (None, "none") and Path(merged["weights"]).is_file():
-        merged["weights"] = str(Path(merged["weights"]).resolve())
-    return config(**merged)
+def _both(vision, clip):
+    return vision if vision == clip else f"{vision}; *CLIP*: {clip}"
+
+
+if __name__ == "__main__":
+    print(flags_page(), end="")

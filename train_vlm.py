@@ -11,9 +11,10 @@ from functools import partial
 
 import torch
 
-from cfg import VLMConfig, parse
+from cfg import VLMConfig
 from tools.console import no_traceback_when_stopped, user_errors
-from tools.training.build import assemble_clip
+from tools.training.build import build_clip
+from tools.training.command_line import parse
 from tools.training.session import Session
 
 
@@ -22,14 +23,14 @@ def main(argv=None):
     with user_errors():
         cfg = parse(VLMConfig, __doc__, argv)
     sgd = partial(torch.optim.SGD, lr=cfg.lr, momentum=0.9)
-    with Session(cfg, assemble_clip, sgd, schedule="cosine") as session:
-        trainer = session.trainer
+    with Session(cfg, build_clip, sgd, schedule="cosine", command=argv) as session:
+        trainer, mapping = session.trainer, session.mapping
         session.measure_zero_shot()
         for epoch in session.epochs():
-            if session.mapping.estimated and (session.iterative or epoch == 0):
-                trainer.estimate(epoch)
+            due = mapping.estimated and (mapping.iterative or epoch == 0)
+            seconds = trainer.estimate(epoch) if due else 0.0
             trained = trainer.train(epoch)
-            session.end_epoch(epoch, trained, trainer.evaluate())
+            session.end_epoch(epoch, seconds, trained, trainer.evaluate(epoch))
         session.finish()
 
 

@@ -1,9 +1,9 @@
 """python train_vm.py --dataset flowers102 --mapping blm --seed 0
 
 Reprogram a frozen vision model: train an input pattern while the mapping from pretrained to downstream labels is
-estimated anew before every epoch (Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", 2024).
+estimated again before every epoch (Cai et al., "Bayesian-guided Label Mapping for Visual Reprogramming", 2024).
 
-With --backbone efficientnet_lite0 --mapping blmpp --epochs 10 --batch-size 64, the real photographs of 89 of the 102
+With --backbone efficientnet_lite0 --mapping blmpp --epochs 10 --batch-size 64, the real images of 89 of the 102
 flowers end at 44.8 % of the test images, in 3 to 6 minutes on two cores. The published recipe is not measured.
 """
 
@@ -12,9 +12,10 @@ from functools import partial
 
 import torch
 
-from cfg import VMConfig, parse
+from cfg import VMConfig
 from tools.console import no_traceback_when_stopped, user_errors
-from tools.training.build import assemble
+from tools.training.build import build_vision
+from tools.training.command_line import parse
 from tools.training.session import Session
 
 
@@ -22,13 +23,14 @@ from tools.training.session import Session
 def main(argv=None):
     with user_errors():
         cfg = parse(VMConfig, __doc__, argv)
-    with Session(cfg, assemble, partial(torch.optim.Adam, lr=cfg.lr), schedule="steps") as session:
-        trainer = session.trainer
+    adam = partial(torch.optim.Adam, lr=cfg.lr)
+    with Session(cfg, build_vision, adam, schedule="steps", command=argv) as session:
+        trainer, mapping = session.trainer, session.mapping
         for epoch in session.epochs():
-            if session.mapping.estimated and (session.iterative or epoch == 0):
-                trainer.estimate(epoch)
+            due = mapping.estimated and (mapping.iterative or epoch == 0)
+            seconds = trainer.estimate(epoch) if due else 0.0
             trained = trainer.train(epoch)
-            session.end_epoch(epoch, trained, trainer.evaluate())
+            session.end_epoch(epoch, seconds, trained, trainer.evaluate(epoch))
         session.finish()
 
 

@@ -11,9 +11,10 @@ from functools import partial
 
 import torch
 
-from cfg import VMFastConfig, parse
+from cfg import VMFastConfig
 from tools.console import no_traceback_when_stopped, user_errors
-from tools.training.build import assemble
+from tools.training.build import build_vision
+from tools.training.command_line import parse
 from tools.training.session import Session
 
 
@@ -21,15 +22,17 @@ from tools.training.session import Session
 def main(argv=None):
     with user_errors():
         cfg = parse(VMFastConfig, __doc__, argv)
-    with Session(cfg, assemble, partial(torch.optim.Adam, lr=cfg.lr), schedule="steps") as session:
-        trainer = session.trainer
+    adam = partial(torch.optim.Adam, lr=cfg.lr)
+    with Session(cfg, build_vision, adam, schedule="steps", command=argv) as session:
+        trainer, mapping = session.trainer, session.mapping
         for epoch in session.epochs():
-            if session.mapping.estimated and epoch == 0:
-                trainer.estimate(epoch)
-            elif session.iterative:
-                trainer.refresh(epoch)
-            trained = trainer.train(epoch, observe=session.iterative and epoch + 1 < cfg.epochs)
-            session.end_epoch(epoch, trained, trainer.evaluate())
+            seconds = 0.0
+            if mapping.estimated and epoch == 0:
+                seconds = trainer.estimate(epoch)
+            elif mapping.iterative:
+                seconds = trainer.refresh(epoch)
+            trained = trainer.train(epoch, observe=mapping.iterative and epoch + 1 < cfg.epochs)
+            session.end_epoch(epoch, seconds, trained, trainer.evaluate(epoch))
         session.finish()
 
 

@@ -1,4 +1,4 @@
-"""Data sets as uint8 pictures on the device, in batches."""
+"""Data sets as uint8 images on the device, in batches."""
 
 from data.class_names import clean_class_name
 from data.ilmvp import write_ilmvp
@@ -12,12 +12,15 @@ from data.presets import (
     watermarking_train_preset,
 )
 from data.registry import DATASETS, DatasetInfo, Task, check_dataset_name, image_size, load_task
+from data.sources import ArraySource, FileSource
 
 __all__ = [
     "DATASETS",
+    "ArraySource",
     "Batch",
     "BatchLoader",
     "DatasetInfo",
+    "FileSource",
     "ImageSet",
     "Preset",
     "Task",

@@ -1,49 +1,39 @@
 """Decode a split once and keep it as a file that maps into memory.
 
 A cache file is a ``.npy`` array (N, H, W, 3) uint8 (``numpy.load`` reads it), followed by a JSON trailer
-with labels, names, what the pictures were made from, and a checksum. It is written beside its place, flushed
-to disk and renamed, so it is whole or absent; one that is cut off, damaged or older than its source is made
-again.
+with labels, names, what the images were made from, and the checksum of each. It is whole or absent; one that is
+cut off, damaged or older than its source is made again.
 """
 
 import contextlib
 import functools
-import glob
 import io
 import json
 import math
 import os
 import shutil
 import struct
-import tempfile
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 from tqdm import tqdm
 
-from data.image_set import ImageSet, Streamed
+from data.files import written_whole
+from data.image_set import ImageSet, Streamed, checksum
 from data.memory import available_memory
 
 _FOOTER = struct.Struct("<QI8s")  # length and CRC-32 of the trailer, then:
 _MAGIC = b"BLMCACHE"
-_VERSION = 1
-_BLOCK_BYTES = 64 << 10
-_ABANDONED_SECONDS = 24 * 3600
-
-
-class CacheError(OSError):
-    """The cache file can't be written: no room, no permission."""
+_VERSION = 2
 
 
 def stored_images(source, preset, cache_file, *, threads, progress, check):
-    """Pictures of `source` as `preset` stores them: from the cache file, else decoded now.
+    """Images of `source` as `preset` stores them: from the cache file, else decoded now.
 
-    Where the file can't be written the pictures are kept in memory, and where they do not fit there either
+    Where the file can't be written the images are kept in memory, and where they do not fit there either
     they are decoded in every epoch; ``origin`` of the result says so.
 
     Parameters
@@ -73,9 +63,7 @@ def stored_images(source, preset, cache_file, *, threads, progress, check):
             return cached
     try:
         check(source.labels)
-        bar = tqdm(
-            total=len(source), desc=f"decoding {source.title}", unit="img", disable=None if progress else True
-        )
+        bar = tqdm(total=len(source), desc=f"decoding {source.title}", unit="img", disable=None if progress else True)
         with bar, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             chunks = functools.partial(_decoded, source, preset, pool, threads, bar)
             if cache_file is not None:
@@ -85,17 +73,16 @@ def stored_images(source, preset, cache_file, *, threads, progress, check):
                     if written is not None:
                         return written
                     reason = f"{cache_file} could not be read back"
-                except CacheError as error:
+                except OSError as error:
                     reason = str(error)
                 bar.reset()
             labels, names = torch.from_numpy(source.labels), source.names
             if len(source) * preset.size**2 * 3 <= available_memory() // 2:
-                images = torch.empty((len(source), preset.size, preset.size, 3), dtype=torch.uint8)
-                start = 0
-                for chunk in chunks():
-                    images[start : start + len(chunk)] = torch.from_numpy(chunk)
-                    start += len(chunk)
-                return ImageSet(images, labels, names, f"decoded into memory ({reason})")
+                images, checksums = torch.empty((len(source), preset.size, preset.size, 3), dtype=torch.uint8), []
+                for stored, sums in chunks():
+                    images[len(checksums) : len(checksums) + len(sums)] = torch.from_numpy(stored)
+                    checksums += sums
+                return ImageSet(images, labels, names, f"decoded into memory ({reason})", checksums)
         return ImageSet(Streamed(source, preset, threads), labels, names, f"decoded every epoch ({reason})")
     finally:
         source.close()
@@ -115,33 +102,29 @@ def all_or_none(cache_files):
 
 
 def _decoded(source, preset, pool, threads, bar):
-    """Stored pictures in order, in chunks, so that few wait in memory when writing is slower than
+    """Stored images in order and their checksums, in chunks, so that few wait in memory when writing is slower than
     decoding."""
 
     def store(i):
-        return preset.store(source.image(i), source.where(i))
+        try:
+            stored = preset.store(source.image(i), source.where(i))
+        except OSError as error:  # of the source; others are the cache's
+            raise ValueError(f"{source.where(i)}: {error.strerror or error}; restore or remove this image") from error
+        return stored, checksum(stored)
 
     total, step = len(source), 32 * threads
     for start in range(0, total, step):
-        chunk = np.stack(list(pool.map(store, range(start, min(start + step, total)))))
-        bar.update(len(chunk))
-        yield chunk
+        images, checksums = zip(*pool.map(store, range(start, min(start + step, total))), strict=True)
+        bar.update(len(images))
+        yield np.stack(images), list(checksums)
 
 
 def _key(fingerprint, preset):
     return {"version": _VERSION, "source": fingerprint, "storage": preset.storage, "pillow": PIL.__version__}
 
 
-def _checksum(images):
-    """CRC-32 over the sums of 64 KiB blocks: gigabytes a second, of what the first epoch reads anyway."""
-    flat = images.reshape(-1)
-    whole = flat.size // _BLOCK_BYTES
-    blocks = flat[: whole * _BLOCK_BYTES].view(np.int64).reshape(whole, _BLOCK_BYTES // 8)
-    return zlib.crc32(flat[whole * _BLOCK_BYTES :], zlib.crc32(blocks.sum(axis=1).tobytes()))
-
-
 def _read(path, fingerprint, preset):
-    """The cached pictures, or None where the file is absent, damaged, or made from something else."""
+    """The cached images, or None where the file is absent, damaged, or made from something else."""
     try:
         with open(path, "rb") as file:
             file.seek(-_FOOTER.size, os.SEEK_END)
@@ -161,66 +144,39 @@ def _read(path, fingerprint, preset):
             return None
         # Copy-on-write, only because torch warns of arrays that can't be written; nobody writes.
         images = np.memmap(path, np.uint8, "c", trailer["offset"], shape)
-        if _checksum(images) != trailer["checksum"]:
+        if [checksum(image) for image in images] != trailer["checksums"]:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     labels = torch.tensor(trailer["labels"], dtype=torch.int64)
-    return ImageSet(torch.from_numpy(images), labels, trailer["names"], f"cache {path}")
+    return ImageSet(torch.from_numpy(images), labels, trailer["names"], f"cache {path}", trailer["checksums"])
 
 
 def _write(path, fingerprint, preset, source, chunks):
-    """Write a cache file, or raise and leave nothing behind, folders included."""
-    shape = (len(source), preset.size, preset.size, 3)
-    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    needed, draft = math.prod(shape), None
-
-    @contextlib.contextmanager
-    def of_the_cache():  # an OSError of the source is not one of the cache
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise CacheError(f"no cache at {path}: {reason}; {needed:,} bytes are needed") from None
-
-    try:
-        with of_the_cache():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path)
-            free = shutil.disk_usage(path.parent).free
-            if free < needed:
-                raise OSError(f"only {free:,} bytes are free")
-            descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with open(descriptor, "wb", buffering=0) as file:
+    """Write a cache file, or raise an OSError and leave nothing behind, folders included."""
+    shape, checksums = (len(source), preset.size, preset.size, 3), []
+    needed = math.prod(shape)
+    with all_or_none([path]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise OSError(f"could not write {path}: {needed:,} bytes are needed, {free:,} are free")
+        with written_whole(path) as draft, open(draft, "wb", buffering=0) as file:
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(
-                header, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
-            with of_the_cache():
-                _write_all(file, header.getvalue())
-            for chunk in chunks:
-                with of_the_cache():
-                    _write_all(file, chunk.data)
-            with of_the_cache():
-                offset = file.tell() - needed
-                trailer = {
-                    "key": _key(fingerprint, preset),
-                    "offset": offset,
-                    "checksum": _checksum(np.memmap(draft, np.uint8, "r", offset, shape)),
-                    "labels": source.labels.tolist(),
-                    "names": source.names,
-                }
-                trailer = json.dumps(trailer).encode()
-                _write_all(file, trailer + _FOOTER.pack(len(trailer), zlib.crc32(trailer), _MAGIC))
-                os.fsync(descriptor)
-                os.replace(draft, path)
-    except BaseException:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):  # never made, or used by somebody else by now
-                folder.rmdir()
-        raise
+            np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            _write_all(file, header.getvalue())
+            for images, sums in chunks:
+                _write_all(file, images.data)
+                checksums += sums
+            trailer = {
+                "key": _key(fingerprint, preset),
+                "offset": file.tell() - needed,
+                "checksums": checksums,
+                "labels": source.labels.tolist(),
+                "names": source.names,
+            }
+            trailer = json.dumps(trailer).encode()
+            _write_all(file, trailer + _FOOTER.pack(len(trailer), zlib.crc32(trailer), _MAGIC))
 
 
 def _write_all(file, data):
@@ -228,11 +184,3 @@ def _write_all(file, data):
     data = memoryview(data).cast("B")
     while len(data):
         data = data[file.write(data) :]
-
-
-def _remove_abandoned(path):
-    """Delete the drafts that killed processes left for this file."""
-    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - draft.stat().st_mtime > _ABANDONED_SECONDS:
-                draft.unlink()

@@ -13,52 +13,17 @@ CIFAR100 = (
     "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
 ).split()
 
-# The official sign names of the German Traffic Sign Recognition Benchmark, class id 0 to 42.
-GTSRB = [
-    "speed limit 20 km/h",
-    "speed limit 30 km/h",
-    "speed limit 50 km/h",
-    "speed limit 60 km/h",
-    "speed limit 70 km/h",
-    "speed limit 80 km/h",
-    "end of speed limit 80 km/h",
-    "speed limit 100 km/h",
-    "speed limit 120 km/h",
-    "no passing",
-    "no passing for vehicles over 3.5 metric tons",
-    "right of way at the next intersection",
-    "priority road",
-    "yield",
-    "stop",
-    "no vehicles",
-    "vehicles over 3.5 metric tons prohibited",
-    "no entry",
-    "general caution",
-    "dangerous curve to the left",
-    "dangerous curve to the right",
-    "double curve",
-    "bumpy road",
-    "slippery road",
-    "road narrows on the right",
-    "road work",
-    "traffic signals",
-    "pedestrians",
-    "children crossing",
-    "bicycles crossing",
-    "beware of ice or snow",
-    "wild animals crossing",
-    "end of all speed and passing limits",
-    "turn right ahead",
-    "turn left ahead",
-    "ahead only",
-    "go straight or right",
-    "go straight or left",
-    "keep right",
-    "keep left",
-    "roundabout mandatory",
-    "end of no passing",
-    "end of no passing by vehicles over 3.5 metric tons",
-]
+# What the paper's own code calls the signs of the German Traffic Sign Recognition Benchmark, class id 0 to 42.
+GTSRB = (
+    "20_speed 30_speed 50_speed 60_speed 70_speed 80_speed 80_lifted 100_speed 120_speed "
+    "no_overtaking_general no_overtaking_trucks right_of_way_crossing right_of_way_general give_way stop "
+    "no_way_general no_way_trucks no_way_one_way attention_general attention_left_turn "
+    "attention_right_turn attention_curvy attention_bumpers attention_slippery attention_bottleneck "
+    "attention_construction attention_traffic_light attention_pedestrian attention_children "
+    "attention_bikes attention_snowflake attention_deer lifted_general turn_right turn_left turn_straight "
+    "turn_straight_right turn_straight_left turn_right_down turn_left_down turn_circle "
+    "lifted_no_overtaking_general lifted_no_overtaking_trucks"
+).split()
 
 
 def clean_class_name(name):

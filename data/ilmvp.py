@@ -15,10 +15,6 @@ opened.
 import json
 import os
 import pickle
-import shutil
-import tempfile
-import threading
-import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -27,39 +23,21 @@ import numpy as np
 
 from data.class_names import clean_class_name
 from data.decode import open_image
-from data.files import sync_folder
-from data.restricted_pickle import restricted_loads
+from data.files import written_whole
+from data.lmdb_file import LmdbFile
+from data.restricted_pickle import MAX_RECORD_BYTES, restricted_loads
 
 MAX_SPLIT_BYTES = 256 << 20
 MAX_CLASSES = 1_000_000
 MAX_SAMPLES = 100_000_000
 
+
 def _short(key):
     return repr(key if len(key) <= 40 else key[:40])
 
 
-# LMDB refuses to open a file twice in one process, so sources of one file share what is open.
-_open_environments = weakref.WeakValueDictionary()
-_opening = threading.Lock()
-
-
-def _shared_environment(source):
-    key = (os.getpid(), os.path.realpath(source.file))
-    with _opening:
-        environment = _open_environments.get(key)
-        if environment is None:
-            for (owner, file), inherited in list(_open_environments.items()):
-                if owner != key[0] and file == key[1]:
-                    inherited.close()  # this process's copy of what was open before the fork
-            environment = _open_environments[key] = source.open_environment()
-    return environment
-
-
 class LmdbSource:
-    """Pictures and labels of one LMDB, in the order of its ``__keys__``.
-
-    Nothing is opened before the first read, and again after a fork: an open LMDB must not be carried across
-    one.
+    """Images and labels of one LMDB, in the order of its ``__keys__``; nothing is opened before the first read.
 
     Parameters
     ----------
@@ -74,8 +52,7 @@ class LmdbSource:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._owner = self._environment = self._index = self._labels = None
-        self._lock = threading.Lock()
+        self._opened = self._index = self._labels = None
 
     @property
     def file(self):
@@ -104,48 +81,28 @@ class LmdbSource:
         return [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
 
     def _open(self):
-        with self._lock:
-            if self._owner != os.getpid():
-                self._environment, self._owner = _shared_environment(self), os.getpid()
-            return self._environment
-
-    def open_environment(self):
-        """Open the LMDB after making sure that all of it is there."""
-        self.require()
-        copy_again = "it is damaged or only half copied; copy or download it again"
-        try:
-            environment = lmdb.open(
-                os.fspath(self.path),
-                subdir=self.path.is_dir(),
-                readonly=True,
-                lock=False,
-                readahead=False,
-                create=False,
-            )
-        except (lmdb.Error, OSError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{self.file} is not an LMDB file ({error}); {copy_again}") from None
-        # Reading a page that lies beyond the end of the file would end the process with SIGBUS.
-        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        size = self.file.stat().st_size
-        if size < needed:
-            environment.close()
-            raise ValueError(
-                f"{self.file} has {size:,} bytes and should have at least {needed:,}; {copy_again}"
-            )
-        return environment
+        opened = self._opened
+        if opened is None:
+            self.require()
+            try:
+                opened = self._opened = LmdbFile(self.file)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.file} is not an LMDB file ({error}); it is damaged or only half copied; copy or download "
+                    "it again"
+                ) from None
+        return opened
 
     def _record(self, key, kind, max_opcodes=64):
         where = f"{self.file}, key {_short(key)}"
-        with self._open().begin(buffers=True) as transaction:
-            try:
-                value = transaction.get(key)
-            except lmdb.Error as error:
-                raise ValueError(f"{where}: {error}; copy or download this file again") from None
-            if value is None:
-                raise ValueError(
-                    f"{where}: no such key; the file is not a whole ILM-VP LMDB, prepare it again"
-                )
-            record = restricted_loads(value, where, max_opcodes)
+        opened = self._open()
+        try:
+            value = opened.get(key, MAX_RECORD_BYTES)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; copy or download this file again") from None
+        if value is None:
+            raise ValueError(f"{where}: no such key; the file is not a whole ILM-VP LMDB, prepare it again")
+        record = restricted_loads(value, where, max_opcodes)
         if type(record) is not kind:
             raise ValueError(
                 f"{where}: holds a {type(record).__name__}, expected {kind.__name__}; prepare this file again"
@@ -156,7 +113,7 @@ class LmdbSource:
     def keys(self):
         """list of bytes : keys of the samples."""
         if self._index is None:
-            entries = min(self._open().stat()["entries"], self.file.stat().st_size // 16)
+            entries = min(self._open().entries, self.file.stat().st_size // 16)
             count = self._record(b"__len__", int)
             keys = self._record(b"__keys__", list, max_opcodes=64 + 4 * entries)
             if not 0 < count <= min(entries, MAX_SAMPLES) or count != len(keys):
@@ -166,9 +123,7 @@ class LmdbSource:
                 )
             for key in keys:
                 if type(key) is not bytes or not 0 < len(key) <= 511:
-                    raise ValueError(
-                        f"{self.file}: __keys__ holds something other than keys; prepare it again"
-                    )
+                    raise ValueError(f"{self.file}: __keys__ holds something other than keys; prepare it again")
             if len(set(keys)) != count:
                 raise ValueError(f"{self.file}: __keys__ names a key twice; prepare this file again")
             self._index = keys
@@ -187,7 +142,7 @@ class LmdbSource:
         return f"{self.file}, key {_short(self.keys[i])}"
 
     def record(self, i):
-        """Encoded picture (bytes) and label (int, 0 to `MAX_CLASSES` - 1) of sample `i`."""
+        """Encoded image (bytes) and label (int, 0 to `MAX_CLASSES` - 1) of sample `i`."""
         record = self._record(self.keys[i], tuple)
         if len(record) != 2 or type(record[0]) is not bytes or type(record[1]) is not int:
             raise ValueError(f"{self.where(i)}: expected (image bytes, int label); prepare this file again")
@@ -206,13 +161,12 @@ class LmdbSource:
         return self._labels
 
     def image(self, i):
-        """Picture of sample `i`, a PIL image in mode RGB."""
+        """Image of sample `i`, a PIL image in mode RGB."""
         return open_image(self.record(i)[0], self.where(i))
 
     def close(self):
         """Let go of the file; the next read opens it again."""
-        with self._lock:
-            self._environment = self._owner = None
+        self._opened = None
 
 
 def _bounded(number):
@@ -241,22 +195,16 @@ def read_split(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; it gives the class names, fetch it with the LMDB files"
-        )
+        raise FileNotFoundError(f"{path} does not exist; it gives the class names, fetch it with the LMDB files")
     again = "fetch or prepare it again"
     if path.stat().st_size > MAX_SPLIT_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}"
-        )
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}")
     try:
         splits = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {reason}); {again}") from None
-    if not isinstance(splits, dict) or not all(
-        isinstance(splits.get(s, []), list) for s in ("train", "val", "test")
-    ):
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(s, []), list) for s in ("train", "val", "test")):
         raise ValueError(f'{path}: expected an object with the lists "train", "val" and "test"; {again}')
     for required in ("train", "test"):
         if not splits.get(required):
@@ -270,15 +218,11 @@ def read_split(path):
                 raise ValueError(f"{where} is not [path, label, class name]; {again}")
             label, name = entry[1], clean_class_name(entry[2])
             if not 0 <= label < MAX_CLASSES:
-                raise ValueError(
-                    f"{where}: label {_bounded(label)}, expected 0 to {MAX_CLASSES - 1}; {again}"
-                )
+                raise ValueError(f"{where}: label {_bounded(label)}, expected 0 to {MAX_CLASSES - 1}; {again}")
             if not name.strip() or len(name) > 1000 or not name.isprintable():
                 raise ValueError(f"{where}: the class name is empty, too long or unprintable; {again}")
             if names.setdefault(label, name) != name:
-                raise ValueError(
-                    f"{where}: label {label} is {name[:60]!r} here, {names[label][:60]!r} before; {again}"
-                )
+                raise ValueError(f"{where}: label {label} is {name[:60]!r} here, {names[label][:60]!r} before; {again}")
             counts[split][label] += 1
     missing = next((label for label in range(len(names)) if label not in names), None)
     if missing is not None:
@@ -309,14 +253,14 @@ def check_against_split(labels, counts, lmdb_file, split_file):
 def write_ilmvp(folder, *, train, test, class_names):
     """Write an ILM-VP folder that the published readers open too.
 
-    The folder appears whole or not at all: it is written beside its place, flushed to disk, and renamed.
+    The folder appears whole or not at all.
 
     Parameters
     ----------
     folder : str or Path
         Must not exist yet, or be empty.
     train, test : iterable of (bytes, int, str)
-        Encoded picture, label, and the name to give it in ``split.json`` (a path, say).
+        Encoded image, label, and the name to give it in ``split.json`` (a path, say).
     class_names : sequence of str
         Name of each label.
 
@@ -333,24 +277,12 @@ def write_ilmvp(folder, *, train, test, class_names):
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; name a new folder or remove this one first")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        splits = {}
-        for split, samples in (("train", train), ("val", ()), ("test", test)):
-            splits[split] = []
-            if split != "val":
-                for name, label in _write_lmdb(draft / f"{split}.lmdb", samples, len(class_names)):
-                    splits[split].append([name, label, class_names[label]])
-        with open(draft / "split.json", "w", encoding="utf-8") as file:
-            json.dump(splits, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.chmod(0o755)
-        os.replace(draft, folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with written_whole(folder, folder=True) as draft:
+        splits = {"train": [], "val": [], "test": []}
+        for split, samples in (("train", train), ("test", test)):
+            for name, label in _write_lmdb(draft / f"{split}.lmdb", samples, len(class_names)):
+                splits[split].append([name, label, class_names[label]])
+        (draft / "split.json").write_text(json.dumps(splits), encoding="utf-8")
 
 
 def _write_lmdb(path, samples, num_classes):
@@ -358,7 +290,7 @@ def _write_lmdb(path, samples, num_classes):
     file's."""
     listed, size = [], 16 << 20
     environment = lmdb.open(
-        os.fspath(path), subdir=False, map_size=size, lock=False, sync=False, metasync=False
+        os.fspath(path), subdir=False, map_size=size, lock=False, sync=False, metasync=False, mode=0o666
     )
     try:
 
@@ -394,5 +326,3 @@ def _write_lmdb(path, samples, num_classes):
     finally:
         environment.close()
     return listed
-
-

@@ -1,10 +1,10 @@
-"""Batches from uint8 pictures that already lie on the device.
+"""Batches from uint8 images that already lie on the device.
 
-Legend: N samples of the set, n samples of a batch, h and w the side of a picture that is handed out.
+Legend: N samples of the set, n samples of a batch, h and w the side of an image that is handed out.
 
 Everything random about an epoch is drawn before its first batch, from a generator that is seeded by
 (seed, purpose, epoch) and nothing else: a run that is resumed, split over ranks or fed by more threads sees
-the same pictures, crops and flips at the same positions.
+the same images, crops and flips at the same positions.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class BatchLoader:
         Where batches appear. The set itself is kept there too when it takes at most half of the memory that
         is free.
     shuffle : bool
-        Whether the order is drawn anew in every epoch.
+        Whether the order is drawn again in every epoch.
     seed : int
     purpose : str
         Keeps the draws of different loaders apart, e.g. ``"train"`` and ``"estimate"``.
@@ -69,16 +69,12 @@ class BatchLoader:
     resident : bool
         Whether the set is kept on the device; else batches are fetched one ahead in a thread.
     description : str
-        One line for the log: how many pictures, of what size, kept where.
+        One line for the log: how many images, of what size, kept where.
     """
 
-    def __init__(
-        self, image_set, preset, batch_size, device, *, shuffle, seed, purpose, rank=0, world_size=1
-    ):
+    def __init__(self, image_set, preset, batch_size, device, *, shuffle, seed, purpose, rank=0, world_size=1):
         assert batch_size > 0 and 0 <= rank < world_size
-        assert tuple(image_set.images.shape[1:]) == (preset.size, preset.size, 3), (
-            "stored under another preset"
-        )
+        assert tuple(image_set.images.shape[1:]) == (preset.size, preset.size, 3), "stored under another preset"
         self.image_set, self.preset, self.batch_size = image_set, preset, batch_size
         self.device = torch.device(device)
         self.shuffle, self.seed, self.purpose = shuffle, seed, purpose
@@ -167,7 +163,7 @@ class BatchLoader:
 
 
 def vary(stored, side, offsets=None, flips=None):
-    """Crop and mirror a batch of stored pictures, each in its own way.
+    """Crop and mirror a batch of stored images, each in its own way.
 
     Parameters
     ----------
@@ -197,8 +193,8 @@ def _vary_one_by_one(stored, side, offsets, flips):
     corners = [(0, 0)] * len(stored) if offsets is None else offsets.tolist()
     mirrored = [False] * len(stored) if flips is None else flips.tolist()
     varied = []
-    for picture, (top, left), mirror in zip(stored, corners, mirrored, strict=True):
-        crop = picture[top : top + side, left : left + side]
+    for image, (top, left), mirror in zip(stored, corners, mirrored, strict=True):
+        crop = image[top : top + side, left : left + side]
         varied.append(crop.flip(1) if mirror else crop)
     return torch.stack(varied)
 

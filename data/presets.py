@@ -1,9 +1,9 @@
-"""Named image presets: how a picture is stored once, and how a batch of stored pictures is varied in
+"""Named image presets: how an image is stored once, and how a batch of stored images is varied in
 training.
 
 A preset splits a torchvision transform in two. The part that is the same every epoch (resize, centre crop)
-is done once a picture, in PIL, when the data set is decoded. The part that is drawn anew every epoch (random
-crop, flip) is done on whole batches of stored uint8 pictures by :class:`data.loader.BatchLoader`.
+is done once per image, in PIL, when the data set is decoded. The part that is drawn again every epoch (random
+crop, flip) is done on whole batches of stored uint8 images by :class:`data.loader.BatchLoader`.
 Normalisation belongs to the model.
 """
 
@@ -19,22 +19,22 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @dataclass(frozen=True)
 class Preset:
-    """How pictures are stored, and what varies from epoch to epoch.
+    """How images are stored, and what varies from epoch to epoch.
 
     Attributes
     ----------
     size : int
-        Side of the stored square picture, in pixels.
+        Side of the stored square image, in pixels.
     resize : {"exact", "shorter-side"}
-        ``exact`` maps the whole picture onto the square, as ``torchvision.transforms.Resize((size, size))``.
+        ``exact`` maps the whole image onto the square, as ``torchvision.transforms.Resize((size, size))``.
         ``shorter-side`` keeps the aspect ratio and cuts the centre out, as ``Resize(size)`` and
         ``CenterCrop(size)``.
     interpolation : {"bilinear", "bicubic"}
         PIL's antialiased filters, which are what torchvision uses on PIL images.
     crop : int or None
-        Side of the random crop taken from the stored picture in every epoch; None takes it whole.
+        Side of the random crop taken from the stored image in every epoch; None takes it whole.
     flip : bool
-        Whether a picture is mirrored left to right with probability 1/2 in every epoch.
+        Whether an image is mirrored left to right with probability 1/2 in every epoch.
     """
 
     size: int
@@ -49,7 +49,7 @@ class Preset:
 
     @property
     def output_size(self):
-        """Side of the pictures that a loader hands out, in pixels."""
+        """Side of the images that a loader hands out, in pixels."""
         return self.crop or self.size
 
     @property
@@ -59,14 +59,14 @@ class Preset:
         return f"{self.size}-{self.resize}-{self.interpolation}"
 
     def store(self, image, where="image"):
-        """Bring one picture into its stored form.
+        """Bring one image into its stored form.
 
         Parameters
         ----------
         image : PIL.Image.Image
             Mode RGB, any size.
         where : str
-            Names the picture in error messages.
+            Names the image in error messages.
 
         Returns
         -------
@@ -93,7 +93,7 @@ class Preset:
 
 
 def padding_preset(image_size):
-    """Padding VR, train and test: pictures of `image_size` pixels, nothing random."""
+    """Padding VR, train and test: images of `image_size` pixels, nothing random."""
     return Preset(image_size)
 
 
@@ -103,7 +103,7 @@ def watermarking_train_preset(canvas_size):
 
 
 def watermarking_test_preset(canvas_size):
-    """Watermarking VR, test: pictures of the size of the canvas, nothing random."""
+    """Watermarking VR, test: images of the size of the canvas, nothing random."""
     return Preset(canvas_size)
 
 
@@ -113,7 +113,7 @@ def clip_preset(size, resize_mode="shortest", interpolation="bicubic"):
     Parameters
     ----------
     size : int
-        Side of the pictures that the image tower takes, in pixels.
+        Side of the images that the image tower takes, in pixels.
     resize_mode : {"shortest", "squash"}
         open_clip's names: the shorter side to `size` and a centre crop, or both sides to `size`.
     interpolation : {"bicubic", "bilinear"}

@@ -1,63 +1,158 @@
-"""The data sets that can be named, and how one becomes a task: class names, training set, test set."""
+"""The data sets that can be named, and how one becomes a task: class names, training set, test set.
+
+A data set of your own is one entry, in one file::
+
+    from data import DATASETS, ArraySource, DatasetInfo
+
+    def open_mine(name, data_path):
+        ...
+        return class_names, ArraySource("mine/train", images, labels), ArraySource("mine/test", others, their_labels)
+
+    DATASETS["mine"] = DatasetInfo(train=500, test=100, classes=7, image_size=32, open=open_mine)
+"""
 
 import difflib
 import hashlib
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import ilmvp, sources
+from data import ilmvp, sources, torchvision_sets
 from data.cache import all_or_none, stored_images
 from data.class_names import clean_class_name
 from data.image_set import ImageSet
 
 
+class Opened(NamedTuple):
+    """What a data set holds; nothing of it has been decoded yet.
+
+    Attributes
+    ----------
+    class_names : list of str
+        Name of each label.
+    train, test : LmdbSource, FileSource, ArraySource, or what behaves like them
+    check : callable, optional
+        Called as check("train" or "test", labels) with (N,) int64 labels; raises a ValueError where they are wrong.
+    """
+
+    class_names: list
+    train: object
+    test: object
+    check: Callable = lambda split, labels: None
+
+
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a data set should be.
+    """What a data set should be, and how it is opened.
 
     Attributes
     ----------
     train, test : int or None
-        Samples; None where the published table has no number.
-    classes : int
+        Samples; None where there is no published number.
+    classes : int or None
     image_size : int
-        Side in pixels of the pictures that padding VR places on its canvas.
-    source : {"torchvision", "ilmvp", "built in"}
+        Side in pixels of the images that padding VR places on its canvas.
+    open : callable
+        Called as open(name, data_path); returns an `Opened`, or a tuple of its first three or four values.
     """
 
     train: int | None
     test: int | None
-    classes: int
+    classes: int | None
     image_size: int
-    source: str
+    open: Callable
 
 
-# Cai et al., "Sample-specific Masks for Visual Reprogramming-based Prompting", ICML 2024, Table 6.
+def open_ilmvp(name, data_path):
+    """Open the ILM-VP folder ``<data_path>/<name>``."""
+    folder = Path(data_path) / name
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder; {name} is expected there as an ILM-VP folder (train.lmdb, test.lmdb, "
+            "split.json): choose another --data-path, fetch the folder from https://github.com/OPTML-Group/ILM-VP, or "
+            "make it with python -m tools.prepare_data"
+        )
+    return _open_ilmvp_folder(folder)
+
+
+def _open_ilmvp_folder(folder):
+    split_file = folder / "split.json"
+    train, test = (ilmvp.LmdbSource(folder / f"{split}.lmdb") for split in ("train", "test"))
+    for source in (train, test):
+        source.require()
+    class_names, counts = ilmvp.read_split(split_file)
+
+    def check(split, labels):
+        ilmvp.check_against_split(labels, counts[split], folder / f"{split}.lmdb", split_file)
+
+    return Opened(class_names, train, test, check)
+
+
+def open_folder(name, data_path=None):
+    """Open ``folder:PATH``: an ILM-VP folder, or ``train/<class>/*`` and ``test/<class>/*``.
+
+    With a `data_path`, PATH is where the data were: they are in `data_path` itself where that holds ``train`` or
+    ``train.lmdb``, else in its folder of the same name.
+    """
+    folder = Path(name.removeprefix(FOLDER_PREFIX))
+    if data_path:
+        folder, moved = Path(data_path), folder.name
+        if not any((folder / content).exists() for content in ("train", "train.lmdb")):
+            folder /= moved
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; {name} is expected there")
+    if (folder / "train.lmdb").exists():
+        return _open_ilmvp_folder(folder)
+    train, test, names = sources.class_folders(folder)
+    cleaned = [clean_class_name(each) for each in names]
+    double = next((i for i, each in enumerate(cleaned) if each in cleaned[:i]), None)
+    if double is not None:
+        first = names[cleaned.index(cleaned[double])]
+        raise ValueError(f"{folder}: class folders {first!r} and {names[double]!r} have one name; rename one")
+    return Opened(cleaned, train, test)
+
+
+def _open_digits(name, data_path):
+    return [str(digit) for digit in range(10)], sources.digits("train"), sources.digits("test")
+
+
+def _open_synthetic(name, data_path):
+    return sources.SYNTHETIC_CLASSES, sources.synthetic("train"), sources.synthetic("test")
+
+
+# Numbers of samples: Cai et al., "Sample-specific Masks for Visual Reprogramming-based Prompting", ICML 2024, Table 6,
+# but for gtsrb: the paper counts the 39,209 images of the final benchmark, while torchvision, which its code reads,
+# has the 26,640 of the online competition. The last three are not among the paper's; their numbers are those of Zhou
+# et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, training images without the validation ones.
 DATASETS = {
-    "cifar10": DatasetInfo(50000, 10000, 10, 32, "torchvision"),
-    "cifar100": DatasetInfo(50000, 10000, 100, 32, "torchvision"),
-    "svhn": DatasetInfo(73257, 26032, 10, 32, "torchvision"),
-    "gtsrb": DatasetInfo(39209, 12630, 43, 32, "torchvision"),
-    "flowers102": DatasetInfo(4093, 2463, 102, 128, "ilmvp"),
-    "dtd": DatasetInfo(2820, 1692, 47, 128, "ilmvp"),
-    "ucf101": DatasetInfo(7639, 3783, 101, 128, "ilmvp"),
-    "food101": DatasetInfo(50500, 30300, 101, 128, "ilmvp"),
-    "sun397": DatasetInfo(15888, 19850, 397, 128, "ilmvp"),
-    "eurosat": DatasetInfo(13500, 8100, 10, 128, "ilmvp"),
-    "oxfordpets": DatasetInfo(2944, 3669, 37, 128, "ilmvp"),
-    "stanfordcars": DatasetInfo(None, None, 196, 128, "ilmvp"),
-    "digits": DatasetInfo(901, 896, 10, 32, "built in"),
-    "synthetic": DatasetInfo(64, 32, 8, 32, "built in"),
+    "cifar10": DatasetInfo(50000, 10000, 10, 32, torchvision_sets.CIFAR10),
+    "cifar100": DatasetInfo(50000, 10000, 100, 32, torchvision_sets.CIFAR100),
+    "svhn": DatasetInfo(73257, 26032, 10, 32, torchvision_sets.SVHN),
+    "gtsrb": DatasetInfo(26640, 12630, 43, 32, torchvision_sets.GTSRB),
+    "flowers102": DatasetInfo(4093, 2463, 102, 128, open_ilmvp),
+    "dtd": DatasetInfo(2820, 1692, 47, 128, open_ilmvp),
+    "ucf101": DatasetInfo(7639, 3783, 101, 128, open_ilmvp),
+    "food101": DatasetInfo(50500, 30300, 101, 128, open_ilmvp),
+    "sun397": DatasetInfo(15888, 19850, 397, 128, open_ilmvp),
+    "eurosat": DatasetInfo(13500, 8100, 10, 128, open_ilmvp),
+    "oxfordpets": DatasetInfo(2944, 3669, 37, 128, open_ilmvp),
+    "stanfordcars": DatasetInfo(None, None, 196, 128, open_ilmvp),
+    "digits": DatasetInfo(901, 896, 10, 32, _open_digits),
+    "synthetic": DatasetInfo(64, 32, 8, 32, _open_synthetic),
+    "caltech101": DatasetInfo(4128, 2465, 100, 128, open_ilmvp),
+    "fgvc_aircraft": DatasetInfo(3334, 3333, 100, 128, open_ilmvp),
+    "resisc45": DatasetInfo(None, None, 45, 128, open_ilmvp),
 }
 FOLDER_PREFIX = "folder:"
-FOLDER_IMAGE_SIZE = 128
+_FOLDER = DatasetInfo(None, None, None, 128, open_folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,32 +165,49 @@ class Task:
     class_names : list of str
         Cleaned name of each label; T of them, whatever labels occur.
     train, test : ImageSet or None
+    validation : ImageSet or None
+        Training images that were held out, stored as the test images are.
     """
 
     name: str
     class_names: list[str]
-    train: ImageSet
-    test: ImageSet
+    train: ImageSet | None
+    test: ImageSet | None
+    validation: ImageSet | None = None
 
     @property
     def num_target(self):
         """T, the number of downstream labels."""
         return len(self.class_names)
 
+    @property
+    def fingerprint(self):
+        """dict of str to str : `ImageSet.fingerprint` of each split that is loaded."""
+        splits = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {split: image_set.fingerprint for split, image_set in splits.items() if image_set is not None}
+
 
 def check_dataset_name(name):
     """Raise a ValueError unless `name` is in `DATASETS` or of the form ``folder:PATH``."""
     if name in DATASETS or (name.startswith(FOLDER_PREFIX) and len(name) > len(FOLDER_PREFIX)):
         return
-    close = difflib.get_close_matches(name.lower(), [*DATASETS, "folder:PATH"], n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    if "/" in name or os.path.isdir(name):
+        hint = f"; images in a folder are given as {FOLDER_PREFIX}{name}"
+    else:
+        close = difflib.get_close_matches(name.lower(), [*DATASETS, "folder:PATH"], n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(DATASETS)}, folder:PATH{hint}")
 
 
-def image_size(name):
-    """Side in pixels (32 or 128) of the pictures of data set `name` under padding VR."""
+def dataset_info(name):
+    """The `DatasetInfo` of a data set that can be named; ValueError where `check_dataset_name` raises one."""
     check_dataset_name(name)
-    return DATASETS[name].image_size if name in DATASETS else FOLDER_IMAGE_SIZE
+    return DATASETS.get(name, _FOLDER)
+
+
+def image_size(name):
+    """Side in pixels of the images of data set `name` under padding VR."""
+    return dataset_info(name).image_size
 
 
 def load_task(
@@ -107,28 +219,39 @@ def load_task(
     cache_path,
     workers=0,
     train_fraction=1.0,
+    shots=None,
+    validation_fraction=0.0,
     seed=0,
     progress=True,
 ):
-    """Read a data set, through the cache of decoded pictures.
+    """Read a data set, through the cache of decoded images.
 
     Parameters
     ----------
     name : str
         A key of `DATASETS`, or ``folder:PATH`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``, or
         with an ILM-VP folder as PATH.
-    data_path : str or Path
-        Holds the ILM-VP folder `name`, or torchvision's files.
+    data_path : str, Path or None
+        Holds the ILM-VP folder `name`, or torchvision's files. For ``folder:PATH`` None takes PATH as it is; else
+        the data are in `data_path` itself where that holds ``train`` or ``train.lmdb``, else in its folder of the
+        same name as PATH.
     train_preset, test_preset : Preset or None
-        How the pictures of each split are stored; None leaves a split out.
+        How the images of each split are stored; None leaves a split out.
     cache_path : str, Path or None
-        Folder for decoded pictures; made when first needed. None keeps no cache.
+        Folder for decoded images; made when first needed. None keeps no cache.
     workers : int
         Decoding threads; 0 takes one a core. The result does not depend on it.
     train_fraction : float
         In (0, 1]: the share of each class's training samples to use, rounded half up, at least one.
+    shots : int, optional
+        Training samples of each class to use, 1 or more, or all where a class has fewer; not together with
+        `train_fraction`. Fewer shots are a part of more.
+    validation_fraction : float
+        In [0, 1): the share of each class's training samples, of those that are used, to hold out as
+        ``validation``, rounded half up, never all. They are stored as `test_preset` says; without it they are left
+        out.
     seed : int
-        Chooses them.
+        Chooses them all.
     progress : bool
         Whether to show a progress bar while decoding (on a terminal only).
 
@@ -139,95 +262,74 @@ def load_task(
     Raises
     ------
     FileNotFoundError, ValueError
-        The data set is unknown, missing, incomplete, contradicts itself, or holds an unreadable picture.
+        The data set is unknown, missing, incomplete, has one class only, contradicts itself, or holds an unreadable
+        image.
 
     Warns
     -----
     UserWarning
-        The data set has other numbers of samples or classes than the published table.
+        The data set has other numbers of samples or classes than the published table; a class has fewer samples than
+        `shots`.
     """
-    check_dataset_name(name)
+    info = dataset_info(name)
     if not 0 < train_fraction <= 1:
         raise ValueError(f"train fraction is {train_fraction}, expected above 0 and at most 1")
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots is {shots}, expected 1 or more training images of each class")
+    if shots is not None and train_fraction < 1:
+        raise ValueError(f"shots {shots} and train fraction {train_fraction} exclude each other; give one of them")
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation fraction is {validation_fraction}, expected 0 or more and below 1")
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 (one a core) or more")
-    class_names, train, test, check = _open(name, Path(data_path))
+    opened = Opened(*info.open(name, data_path))
+    class_names = [clean_class_name(each) for each in opened.class_names]
+    if len(class_names) < 2:
+        raise ValueError(f"{name} has the classes {class_names}; expected two or more to tell apart")
     # the smaller split first: what is wrong with it shows before the larger one is decoded
-    splits = {"test": (test, test_preset), "train": (train, train_preset)}
-    files = dict.fromkeys(splits)
-    for split, (source, preset) in splits.items():
+    parts = {"test": ("test", test_preset), "train": ("train", train_preset)}
+    if validation_fraction and None not in (train_preset, test_preset):
+        parts["validation"] = ("train", test_preset)
+    files = {}
+    for part, (split, preset) in parts.items():
+        source = getattr(opened, split)
         in_memory = isinstance(source, sources.ArraySource)  # made on the spot: nothing worth keeping on disk
         if not (preset is None or cache_path is None or in_memory):
-            files[split] = Path(cache_path) / _cache_name(name, split, source, preset)
-    image_sets = dict.fromkeys(splits)
-    with all_or_none(file for file in files.values() if file is not None):
-        for split, (source, preset) in splits.items():
-            if preset is not None:
-                image_sets[split] = stored_images(
-                    source,
+            files[part] = Path(cache_path) / _cache_name(name, split, source, preset)
+    image_sets = dict.fromkeys(("train", "test", "validation"))
+    with all_or_none(files.values()):
+        for part, (split, preset) in parts.items():
+            if part == "validation" and preset.storage == train_preset.storage:
+                image_sets[part] = image_sets["train"]
+            elif preset is not None:
+                image_sets[part] = stored_images(
+                    getattr(opened, split),
                     preset,
-                    files[split],
+                    files.get(part),
                     threads=workers or _cores(),
                     progress=progress,
-                    check=lambda labels, split=split: check(split, labels),
+                    check=lambda labels, split=split: _check_labels(opened, split, labels),
                 )
-    if None not in image_sets.values():
-        _warn_if_unusual(name, image_sets, class_names)
-    if train_fraction < 1 and image_sets["train"] is not None:
-        rows = stratified_subset(image_sets["train"].labels, train_fraction, seed)
-        image_sets["train"] = image_sets["train"].subset(rows)
-    return Task(name, class_names, image_sets["train"], image_sets["test"])
+    if None not in (image_sets["train"], image_sets["test"]):
+        _warn_if_unusual(name, info, image_sets, class_names)
+    if image_sets["train"] is not None:
+        labels = image_sets["train"].labels
+        kept, held_out = _choose(labels, class_names, train_fraction, shots, validation_fraction, seed)
+        if kept is not None:
+            image_sets["train"] = image_sets["train"].subset(kept)
+        if image_sets["validation"] is not None:
+            image_sets["validation"] = image_sets["validation"].subset(held_out)
+    return Task(name, class_names, **image_sets)
 
 
-def _open(name, data_path):
-    """Class names, source of each split, and a check(split, labels) of what the source holds."""
-
-    def nothing_to_check(split, labels):
-        pass
-
-    if name in ("digits", "synthetic"):
-        make = getattr(sources, name)
-        class_names = (
-            sources.SYNTHETIC_CLASSES if name == "synthetic" else [str(digit) for digit in range(10)]
+def _check_labels(opened, split, labels):
+    opened.check(split, labels)
+    classes = len(opened.class_names)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"{getattr(opened, split).title} has labels {labels.min()} to {labels.max()}, expected 0 to {classes - 1}: "
+            "one for each class name"
         )
-        return list(class_names), make("train"), make("test"), nothing_to_check
-    if name in sources.TORCHVISION:
-        class_names = [clean_class_name(each) for each in sources.TORCHVISION[name][3]]
-        train, test = (sources.TorchvisionSource(name, data_path, split) for split in ("train", "test"))
-        return class_names, train, test, nothing_to_check
-
-    folder = data_path / name if name in DATASETS else Path(name.removeprefix(FOLDER_PREFIX))
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder; {name} is expected there"
-            + (
-                " as an ILM-VP folder (train.lmdb, test.lmdb, split.json): choose another --data-path, fetch the "
-                "folder from https://github.com/OPTML-Group/ILM-VP, or make it with python -m tools.prepare_data"
-                if name in DATASETS
-                else ""
-            )
-        )
-    if name not in DATASETS and not (folder / "train.lmdb").exists():
-        train, test, names = sources.class_folders(folder)
-        class_names = [clean_class_name(each) for each in names]
-        double = next((i for i, each in enumerate(class_names) if each in class_names[:i]), None)
-        if double is not None:
-            first = names[class_names.index(class_names[double])]
-            raise ValueError(
-                f"{folder}: class folders {first!r} and {names[double]!r} have one name; rename one"
-            )
-        return class_names, train, test, nothing_to_check
-
-    split_file = folder / "split.json"
-    train, test = (ilmvp.LmdbSource(folder / f"{split}.lmdb") for split in ("train", "test"))
-    for source in (train, test):
-        source.require()
-    class_names, counts = ilmvp.read_split(split_file)
-
-    def check(split, labels):
-        ilmvp.check_against_split(labels, counts[split], folder / f"{split}.lmdb", split_file)
-
-    return class_names, train, test, check
 
 
 def _cores():
@@ -242,23 +344,40 @@ def _cache_name(name, split, source, preset):
     return f"{label}-{split}-{preset.storage}-{place}.npy"
 
 
-def _warn_if_unusual(name, image_sets, class_names):
-    info = DATASETS.get(name)
-    if info is None:
-        return
+def _warn_if_unusual(name, info, image_sets, class_names):
     found = {"training images": len(image_sets["train"]), "test images": len(image_sets["test"])}
     found["classes"] = len(class_names)
     expected = dict(zip(found, (info.train, info.test, info.classes), strict=True))
     other = [
         f"{found[what]} {what} (published: {expected[what]})"
         for what in found
-        if expected[what] != found[what]
+        if expected[what] not in (None, found[what])
     ]
-    other = [text for text in other if "None" not in text]
     if other:
-        warnings.warn(
-            f"{name} has {', '.join(other)}; results do not compare with published ones", stacklevel=3
-        )
+        warnings.warn(f"{name} has {', '.join(other)}; results do not compare with published ones", stacklevel=3)
+
+
+def _choose(labels, class_names, train_fraction, shots, validation_fraction, seed):
+    """Positions of the training samples to keep (None: all) and of those to hold out."""
+    kept = None
+    if train_fraction < 1:
+        kept = stratified_subset(labels, train_fraction, seed)
+    if shots is not None:
+        kept = _draw(labels, seed, lambda count: min(count, shots))
+        counts = torch.bincount(labels, minlength=len(class_names)).tolist()
+        scarce = [name for name, count in zip(class_names, counts, strict=True) if count < shots]
+        if scarce:
+            warnings.warn(f"fewer than {shots} training images of {sources.listed(scarce)}: all are used", stacklevel=3)
+    if not validation_fraction:
+        return kept, None
+    rows = torch.arange(len(labels)) if kept is None else kept
+    share = Fraction(str(validation_fraction))
+    held_out = _draw(labels[rows], seed, lambda count: min(int(count * share + Fraction(1, 2)), count - 1))
+    if not len(held_out):
+        raise ValueError(f"validation fraction {validation_fraction} holds out no image; give a larger one, or 0")
+    remaining = torch.ones(len(rows), dtype=torch.bool)
+    remaining[held_out] = False
+    return rows[remaining], rows[held_out]
 
 
 def stratified_subset(labels, fraction, seed):
@@ -278,10 +397,14 @@ def stratified_subset(labels, fraction, seed):
         (M,) int64, ascending positions.
     """
     share = Fraction(str(fraction))  # 0.29 * 50 is 14.5 and rounds up; in binary it is 14.499999999999998
+    return _draw(labels, seed, lambda count: max(1, int(count * share + Fraction(1, 2))))
+
+
+def _draw(labels, seed, how_many):
+    """Ascending positions of how_many(count) samples of each class, at random: of fewer, always the same first ones."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in np.unique(labels.numpy()):
         members = (labels == int(label)).nonzero().flatten()
-        count = max(1, int(len(members) * share + Fraction(1, 2)))
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+        chosen.append(members[torch.randperm(len(members), generator=generator)[: how_many(len(members))]])
     return torch.cat(chosen).sort().values

@@ -1,25 +1,25 @@
-"""Where pictures come from: files in class folders, torchvision's data sets, and two that are made on the
-spot.
+"""Where images come from: files in class folders, arrays, and two data sets that are made on the spot.
 
 Every source has ``title``, ``labels`` ((N,) int64 array), ``names``, ``len``, ``image(i)`` (PIL, mode RGB),
-``where(i)`` (for messages), ``place`` (tells sources apart), ``fingerprint()`` (changes when the pictures
+``where(i)`` (for messages), ``place`` (tells sources apart), ``fingerprint()`` (changes when the images
 may have) and ``close()``, as :class:`data.ilmvp.LmdbSource` has.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data.class_names import CIFAR10, CIFAR100, GTSRB
-from data.decode import open_image
+from data.decode import open_image, upright
+from data.files import printable
 
 MAX_FILE_BYTES = 256 << 20
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_CLUTTER = ("thumbs.db", "desktop.ini")  # left in folders by file managers, as are hidden files
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")  # left by file managers and archives, as are hidden files
 
 
 def file_stamp(path):
@@ -29,7 +29,7 @@ def file_stamp(path):
 
 
 class FileSource:
-    """Image files of one split.
+    """Image files of one split, turned upright as their EXIF orientation says.
 
     Parameters
     ----------
@@ -37,14 +37,15 @@ class FileSource:
         Names the split in messages.
     place : str or Path
         Folder that holds all the files.
-    paths : list of Path
-    labels : list of int
+    paths : list of str or Path
+    labels : array-like
+        (N,) int.
     """
 
     def __init__(self, title, place, paths, labels):
-        self.title, self.place, self._paths = title, os.path.abspath(place), paths
+        self.title, self.place, self._paths = title, os.path.abspath(place), [Path(path) for path in paths]
         self.labels = np.array(labels, dtype=np.int64)
-        self.names = [str(path) for path in paths]
+        self.names = [printable(path) for path in paths]
 
     def __len__(self):
         return len(self._paths)
@@ -58,7 +59,7 @@ class FileSource:
             raise ValueError(
                 f"{self.where(i)}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; store a smaller one"
             )
-        return open_image(self._paths[i].read_bytes(), self.where(i))
+        return upright(open_image(self._paths[i].read_bytes(), self.where(i)))
 
     def fingerprint(self):
         stamps = json.dumps([file_stamp(path) for path in self._paths] + self.labels.tolist())
@@ -69,7 +70,7 @@ class FileSource:
 
 
 class ArraySource:
-    """Pictures that lie in memory already.
+    """Images that lie in memory already.
 
     Parameters
     ----------
@@ -78,9 +79,19 @@ class ArraySource:
         (N, h, w, 3) uint8.
     labels : array-like
         (N,) int.
+
+    Raises
+    ------
+    ValueError
+        Other shapes or types.
     """
 
     def __init__(self, title, images, labels):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
+            raise ValueError(
+                f"{title}: images of shape {images.shape}, {images.dtype}, with {len(labels)} labels; expected "
+                "(N, h, w, 3), uint8, with N"
+            )
         self.title = self.place = title
         self._images = images
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -102,124 +113,11 @@ class ArraySource:
         pass
 
 
-class TorchvisionSource:
-    """One split of a torchvision data set, loaded (and downloaded where it is missing) when first needed.
-
-    Parameters
-    ----------
-    name : {"cifar10", "cifar100", "svhn", "gtsrb"}
-    root : str or Path
-        Folder that holds what `TORCHVISION` names, in torchvision's own layout.
-    split : {"train", "test"}
-
-    Raises
-    ------
-    FileNotFoundError
-        When first needed: it is not there and can't be downloaded.
-    """
-
-    def __init__(self, name, root, split):
-        self.title, self.place = f"{name}/{split}", os.path.abspath(root)
-        self._name, self._root, self._split = name, Path(root), split
-        self._loaded = None
-
-    @property
-    def _source(self):
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
-    def _load(self):
-        from models.torchvision_shim import ensure_torchvision
-
-        ensure_torchvision()
-        from torchvision import datasets
-
-        factory, content, address, _ = TORCHVISION[self._name]
-        there = self._root.exists()
-        how = {"train": self._split == "train"} if self._name.startswith("cifar") else {"split": self._split}
-        try:
-            dataset = getattr(datasets, factory)(self._root, download=True, **how)
-        except Exception as error:  # network, archive and file system all raise their own
-            if not there and self._root.is_dir() and not any(self._root.iterdir()):
-                self._root.rmdir()
-            reason = str(error).partition("\n")[0][:120]
-            raise FileNotFoundError(
-                f"{self._name} is not whole in {self._root} and could not be downloaded ({reason}); fetch "
-                f"{address} and unpack it so that {self._root / content.format(split=self._split)} exists"
-            ) from None
-        if self._name == "gtsrb":
-            paths, labels = zip(*dataset._samples, strict=True)
-            return FileSource(self.title, self._root, [Path(path) for path in paths], labels)
-        if self._name == "svhn":
-            return ArraySource(self.title, dataset.data.transpose(0, 2, 3, 1).copy(), dataset.labels)
-        return ArraySource(self.title, dataset.data, dataset.targets)
-
-    def fingerprint(self):
-        content = self._root / TORCHVISION[self._name][1].format(split=self._split)
-        if not content.exists():
-            self._source  # noqa: B018 - downloads
-        files = (
-            sorted(path for path in content.rglob("*") if path.is_file()) if content.is_dir() else [content]
-        )
-        return hashlib.sha256(json.dumps([file_stamp(path) for path in files]).encode()).hexdigest()
-
-    @property
-    def labels(self):
-        return self._source.labels
-
-    @property
-    def names(self):
-        return self._source.names
-
-    def __len__(self):
-        return len(self._source)
-
-    def where(self, i):
-        return self._source.where(i)
-
-    def image(self, i):
-        return self._source.image(i)
-
-    def close(self):
-        self._loaded = None
-
-
-# name: class in torchvision.datasets, what it keeps under the data path, where it is from, class names
-TORCHVISION = {
-    "cifar10": (
-        "CIFAR10",
-        "cifar-10-batches-py",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        CIFAR10,
-    ),
-    "cifar100": (
-        "CIFAR100",
-        "cifar-100-python",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        CIFAR100,
-    ),
-    "svhn": (
-        "SVHN",
-        "{split}_32x32.mat",
-        "http://ufldl.stanford.edu/housenumbers/ (train_32x32.mat and test_32x32.mat)",
-        [str(digit) for digit in range(10)],
-    ),
-    "gtsrb": (
-        "GTSRB",
-        "gtsrb",
-        "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/ (GTSRB-Training_fixed.zip, "
-        "GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip, into gtsrb/)",
-        GTSRB,
-    ),
-}
-
-
 def class_folders(root):
     """Sources of ``root/train/<class>/*`` and ``root/test/<class>/*``, and the names of the class folders.
 
-    Hidden files are passed over; anything else that is no image file is an error, so that no picture is
-    dropped unnoticed for its suffix.
+    Hidden files and what archives and file managers leave behind are passed over; anything else that is no image
+    file is an error, so that no image is dropped unnoticed for its suffix.
 
     Parameters
     ----------
@@ -234,55 +132,91 @@ def class_folders(root):
     Raises
     ------
     FileNotFoundError, ValueError
-        A split is missing, a class folder is empty or is found in "test" only, or a file is no image.
+        A split is missing, a class folder is empty, is found in "test" only or has a name that can't be printed, a
+        file is no image, or a link leads nowhere.
+
+    Warns
+    -----
+    UserWarning
+        A class has no test image; ``val`` is used as the test set, where there is no ``test``, or is left out.
     """
-    found = {}
-    for split in ("train", "test"):
-        folder = root / split
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not a folder; expected {root}/train/<class>/* and {root}/test/<class>/*"
-            )
-        found[split] = {}
-        for entry in sorted(folder.iterdir()):
-            if _is_clutter(entry):
-                continue
-            if not entry.is_dir():
-                raise ValueError(
-                    f"{entry} is not a class folder; expected {folder}/<class>/*, move or remove it"
-                )
-            found[split][entry.name] = _image_files(entry)
-        if not found[split]:
-            raise ValueError(f"{folder} has no class folders; expected {folder}/<class>/*")
+    folders = {"train": root / "train", "test": root / "test"}
+    if (root / "val").is_dir():
+        if not folders["test"].is_dir():
+            folders["test"] = root / "val"
+            warnings.warn(f"{root} has no test folder: {root / 'val'} is the test set", stacklevel=2)
+        else:
+            warnings.warn(f"{root / 'val'} is left out: {folders['test']} is the test set", stacklevel=2)
+    found = {split: _classes(folder, root) for split, folder in folders.items()}
     names = sorted(found["train"])
     unknown = sorted(found["test"].keys() - found["train"].keys())
     if unknown:
         raise ValueError(
-            f"{root / 'test' / unknown[0]} has no counterpart in {root / 'train'}; a class that is tested "
+            f"{folders['test'] / unknown[0]} has no counterpart in {folders['train']}; a class that is tested "
             "needs training images, add them or rename the folder"
         )
+    untested = [name for name in names if name not in found["test"]]
+    if untested:
+        warnings.warn(
+            f"{folders['test']} has no images of {listed(untested)}: the test accuracy does not tell about them",
+            stacklevel=2,
+        )
     sources = []
-    for split in ("train", "test"):
+    for split, folder in folders.items():
         pairs = [(path, label) for label, name in enumerate(names) for path in found[split].get(name, [])]
         paths, labels = zip(*pairs, strict=True)
-        sources.append(FileSource(f"{root.name}/{split}", root / split, list(paths), list(labels)))
+        sources.append(FileSource(f"{root.name}/{split}", folder, list(paths), list(labels)))
     return *sources, names
 
 
-def _is_clutter(path):
-    return path.name.startswith(".") or path.name.lower() in _CLUTTER
+def _classes(folder, root):
+    """Class folders of one split, name to image files."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; expected {root}/train/<class>/* and {root}/test/<class>/*")
+    classes = {}
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            raise ValueError(
+                f"{printable(entry)} is not a class folder; expected {folder}/<class>/*, move or remove it"
+            )
+        if not entry.name.isprintable():
+            raise ValueError(
+                f"{printable(entry)}: the name of this class folder holds control characters or is not UTF-8; rename it"
+            )
+        classes[entry.name] = _image_files(entry)
+    if not classes:
+        raise ValueError(f"{folder} has no class folders; expected {folder}/<class>/*")
+    return classes
 
 
 def _image_files(folder):
-    files = [path for path in sorted(folder.iterdir()) if not _is_clutter(path)]
+    files = _entries(folder)
     if not files:
         raise ValueError(f"{folder} is empty; add images of this class or remove the folder")
     for path in files:
         if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             raise ValueError(
-                f"{path} is not an image file; allowed are {' '.join(IMAGE_SUFFIXES)}; move or remove it"
+                f"{printable(path)} is not an image file; allowed are {' '.join(IMAGE_SUFFIXES)}; move or remove it"
             )
     return files
+
+
+def _entries(folder):
+    """What lies in a folder, sorted, without clutter."""
+    entries = sorted(path for path in folder.iterdir() if path.name.lower() not in _CLUTTER and path.name[0] != ".")
+    for path in entries:
+        if not path.exists():
+            raise ValueError(
+                f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not there; restore that or "
+                "remove the link"
+            )
+    return entries
+
+
+def listed(names, limit=5):
+    """Up to `limit` names for a message, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
 
 
 def digits(split):
@@ -296,12 +230,8 @@ def digits(split):
     place = np.array([np.count_nonzero(bunch.target[:i] == label) for i, label in enumerate(bunch.target)])
     chosen = place % 2 == (0 if split == "train" else 1)
     grey = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-    large = [
-        Image.fromarray(image).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR) for image in grey
-    ]
-    return ArraySource(
-        f"digits/{split}", np.stack([np.asarray(image) for image in large]), bunch.target[chosen]
-    )
+    large = [Image.fromarray(image).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR) for image in grey]
+    return ArraySource(f"digits/{split}", np.stack([np.asarray(image) for image in large]), bunch.target[chosen])
 
 
 SYNTHETIC_COLOURS = {

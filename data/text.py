@@ -33,16 +33,8 @@ class Prompts:
 
     @property
     def texts(self):
-        """All S prompts, list of str: index s as in `position`."""
+        """All S prompts, list of str: template by template."""
         return [template.replace("{}", name) for template in self.templates for name in self.class_names]
-
-    def index(self, template, label):
-        """Index s of the prompt made of template number ``template`` and class number ``label``."""
-        return template * len(self.class_names) + label
-
-    def position(self, index):
-        """(template, class) numbers of prompt ``index``, the inverse of `index`."""
-        return divmod(index, len(self.class_names))
 
 
 def default_templates():

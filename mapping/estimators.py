@@ -63,9 +63,10 @@ def bayesian(counts, laplace=1.0):
     Tensor, (S, T) float32
         Columns sum to 1. A column without mass is uniform, 1/S.
     """
-    denominator = _sum(counts, 1).double() + laplace
-    denominator[denominator == 0] = 1  # laplace 0 and a pretrained label that no sample was predicted as: 0/1
-    return _normalise_columns(counts, 1 / denominator)
+    row_sum = _sum(counts, 1).double()
+    # A pretrained label that no sample was predicted as: 0/1, where 0/0 is NaN, and so is 0 times 1/laplace for a
+    # laplace so small that its inverse is infinite.
+    return _normalise_columns(counts, 1 / (row_sum + laplace).masked_fill_(row_sum == 0, 1))
 
 
 def frequencies(counts):
@@ -116,17 +117,17 @@ def _normalise_columns(counts, row_scale):
         mass = counts.values() * row_scale[s]
         column_sum = scatter_sum(t, mass, num_target)
         weights = counts.new_zeros((num_source, num_target), dtype=torch.float32, layout=torch.strided)
-        mass /= column_sum[t].clamp_(min=torch.finfo(torch.float64).tiny)
+        mass /= column_sum[t]
         weights[s, t] = mass.float()
     else:
         rows = max(1, _CHUNK_CELLS // num_target)
         column_sum = torch.zeros(num_target, dtype=torch.float64, device=counts.device)
         for block, scale in zip(counts.split(rows), row_scale.split(rows), strict=True):
             column_sum += (block * scale[:, None]).sum(0)
-        column_sum_or_tiny = column_sum.clamp(min=torch.finfo(torch.float64).tiny)
+        column_sum_or_one = column_sum.masked_fill(column_sum == 0, 1)
         weights = torch.empty(num_source, num_target, device=counts.device)
         blocks = zip(weights.split(rows), counts.split(rows), row_scale.split(rows), strict=True)
         for weights_block, block, scale in blocks:
-            weights_block.copy_((block * scale[:, None]).div_(column_sum_or_tiny))
+            weights_block.copy_((block * scale[:, None]).div_(column_sum_or_one))
     weights[:, column_sum == 0] = 1 / num_source
     return weights

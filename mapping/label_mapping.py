@@ -3,20 +3,18 @@
 S is the number of pretrained labels (`num_source`), T that of downstream labels (`num_target`).
 """
 
-import difflib
 import math
 import warnings
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .estimators import bayesian, frequencies, labels_without_mass, one_to_one
+from .estimators import labels_without_mass, one_to_one
 from .statistics import Statistics
 
-LINEAR_VARIANTS = ("none", "nobias", "sigmoid")
 _LABELS_NAMED = 20  # in a warning
+_DIGEST_ROWS = 64  # of ω at once
 
 
 class LabelMapping(nn.Module):
@@ -56,9 +54,40 @@ class LabelMapping(nn.Module):
         raise AssertionError("each kind of mapping has its own")
 
     @property
+    def bias(self):
+        """What is added to the T products, (T,) float32 without gradient, or None; not to be written to."""
+        return None
+
+    @property
     def source_index(self):
         """The pretrained label of each downstream label, (T,) int64, for one-to-one mappings; else None."""
         return None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def indistinct_labels(self):
+        """Groups of downstream labels that get equal logits for every image.
+
+        Of equal logits the smallest label is predicted, the others never are.
+
+        Returns
+        -------
+        list of list of int
+            Ascending labels with equal columns of `weights` and equal `bias`.
+        """
+        if self.source_index is not None:
+            return []
+        weights, bias = self.weights, self.bias
+        # A sum of integers is the same in any order: equal columns have equal sums, others hardly ever.
+        digest = torch.zeros(self.num_target, dtype=torch.int64, device=weights.device)
+        rows = [*weights.split(_DIGEST_ROWS)] + ([] if bias is None else [bias[None]])
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(2**62, (sum(map(len, rows)),), generator=generator).to(weights.device)
+        for block, factor in zip(rows, factors.split([len(block) for block in rows]), strict=True):
+            digest += ((block + 0.0).view(torch.int32).long() * factor[:, None]).sum(0)  # -0.0 + 0.0 is 0.0
+        _, group_of, size = digest.unique(return_inverse=True, return_counts=True)
+        groups = ((group_of == group).nonzero().flatten() for group in (size > 1).nonzero().flatten())
+        return sorted(group.tolist() for group in groups if all(_all_equal(row[:, group]) for row in rows))
 
     # Statistics outlive the inference mode they may be observed in, hence ordinary tensors without gradient.
     @torch.inference_mode(False)
@@ -210,7 +239,7 @@ class OneToOneMapping(LabelMapping):
 
 
 class MatrixMapping(LabelMapping):
-    """A many-to-many mapping estimated anew every epoch (`blm`, `blmpp`): ``logits @ weights``.
+    """A many-to-many mapping estimated again every epoch (`blm`, `blmpp`): ``logits @ weights``.
 
     Parameters
     ----------
@@ -221,13 +250,15 @@ class MatrixMapping(LabelMapping):
         those of `mapping.estimators`.
     k : int, optional
         The table sums each sample's k largest probabilities (BLM+) in place of counting its highest logit.
+    iterative : bool
+        Whether to estimate it again every epoch.
     """
 
-    iterative = True
     _fallback = "their weights are uniform over the pretrained labels"
 
-    def __init__(self, name, num_source, num_target, estimator, k=None):
+    def __init__(self, name, num_source, num_target, estimator, k=None, iterative=True):
         super().__init__(name, num_source, num_target, Statistics(num_source, num_target, k))
+        self.iterative = iterative
         self.estimator = estimator
         self.register_buffer("_weights", torch.zeros(num_source, num_target))
 
@@ -267,122 +298,31 @@ class LinearMapping(LabelMapping):
 
         self.variant = variant
         self.matrix = uniform(num_source, num_target)
-        self.bias = uniform(num_target) if variant == "none" else None
+        self.offset = uniform(num_target) if variant == "none" else None
 
     @property
     def weights(self):
         return self._effective().detach()
 
+    @property
+    def bias(self):
+        return None if self.offset is None else self.offset.detach()
+
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
         self._check(logits)
         product = _float32_product(logits, self._effective())
-        return product if self.bias is None else product + self.bias
+        return product if self.offset is None else product + self.offset
 
     def _effective(self):
         return self.matrix.sigmoid() if self.variant == "sigmoid" else self.matrix
+
+
+def _all_equal(columns):
+    return bool((columns == columns[:, :1]).all())
 
 
 def _float32_product(logits, weights):
     # In float16 a uniform weight is subnormal from S = 16,384 on, and a sum of so many products loses digits.
     with torch.autocast(logits.device.type, enabled=False):
         return logits.float() @ weights
-
-
-def _posterior(laplace, bayes):
-    return partial(bayesian, laplace=laplace) if bayes else frequencies
-
-
-# From a name to what builds the mapping, given S, T and the options that it needs of `build_mapping`'s; a new
-# mapping is a new entry.
-MAPPINGS = {
-    "rlm": lambda s, t, *, seed, **_: OneToOneMapping("rlm", s, t, seed=seed),
-    "flm": lambda s, t, **_: OneToOneMapping("flm", s, t),
-    "ilm": lambda s, t, **_: OneToOneMapping("ilm", s, t, iterative=True),
-    "blm": lambda s, t, *, laplace, bayes, **_: MatrixMapping("blm", s, t, _posterior(laplace, bayes)),
-    "blmpp": lambda s, t, *, laplace, bayes, k, **_: MatrixMapping("blmpp", s, t, _posterior(laplace, bayes), k),
-    "linear": lambda s, t, *, seed, variant, **_: LinearMapping("linear", s, t, seed=seed, variant=variant),
-}
-ALIASES = {"blmp": "blmpp"}
-
-
-def check_mapping_name(name):
-    """Canonical name of a mapping.
-
-    Raises
-    ------
-    ValueError
-        Unknown name; the message gives the valid ones and the closest.
-    """
-    canonical = ALIASES.get(name, name)
-    if canonical not in MAPPINGS:
-        raise ValueError(_not_among("mapping", name, [*MAPPINGS, *ALIASES]))
-    return canonical
-
-
-def build_mapping(
-    name,
-    num_source,
-    num_target,
-    *,
-    laplace=1.0,
-    topk_ratio=0.15,
-    seed=0,
-    bayes=True,
-    topk=True,
-    linear_variant="none",
-):
-    """Build a label mapping.
-
-    Parameters
-    ----------
-    name : str
-        "rlm", "flm", "ilm", "blm", "blmpp" (alias "blmp") or "linear".
-    num_source, num_target : int, >= 1
-        Pretrained labels S and downstream labels T; one-to-one mappings (rlm, flm, ilm) need S >= T.
-    laplace : float, >= 0
-        Smoothing of blm and blmpp.
-    topk_ratio : float in (0, 1]
-        blmpp keeps K = max(1, floor(topk_ratio * T)) probabilities a sample, at most S.
-    seed : int
-        Of rlm's draw and linear's initial weights; torch's global generators are not touched.
-    bayes : bool
-        False leaves out the Bayesian step (ablation of blm, blmpp): columns of the counts, normalised.
-    topk : bool
-        False keeps all S probabilities of a sample (ablation of blmpp).
-    linear_variant : {"none", "nobias", "sigmoid"}
-        See `LinearMapping`.
-
-    Returns
-    -------
-    LabelMapping
-        rlm and linear are ready for use; the others after `observe` and `refresh`.
-
-    Raises
-    ------
-    ValueError
-        Unknown name or variant, a value out of range, S < T one-to-one, or an ablation of a mapping that has
-        no such step.
-    """
-    name = check_mapping_name(name)
-    if num_source < 1 or num_target < 1:
-        got = f"{num_source} pretrained and {num_target} downstream labels"
-        raise ValueError(f"got {got}, expected at least one of each")
-    if not 0 <= laplace < math.inf:
-        raise ValueError(f"got laplace={laplace}, expected a finite number >= 0 (the paper's is 1)")
-    if not 0 < topk_ratio <= 1:
-        raise ValueError(f"got topk_ratio={topk_ratio}, expected a number in (0, 1] (the paper's is 0.15)")
-    if linear_variant not in LINEAR_VARIANTS:
-        raise ValueError(_not_among("linear variant", linear_variant, LINEAR_VARIANTS))
-    if not bayes and name not in ("blm", "blmpp"):
-        raise ValueError(f"bayes=False is an ablation of blm and blmpp, got mapping {name!r}; leave it True")
-    if not topk and name != "blmpp":
-        raise ValueError(f"topk=False is an ablation of blmpp, got mapping {name!r}; leave it True")
-    k = max(1, math.floor(round(topk_ratio * num_target, 9))) if topk else num_source  # 0.29 * 100 < 29
-    options = {"laplace": laplace, "seed": seed, "bayes": bayes, "variant": linear_variant}
-    return MAPPINGS[name](num_source, num_target, k=min(k, num_source), **options)
-
-
-def _not_among(what, got, valid):
-    closest = difflib.get_close_matches(str(got).lower(), valid, n=1, cutoff=0)[0]
-    return f"unknown {what} {got!r}: expected one of {', '.join(valid)} (closest: {closest})"

@@ -22,8 +22,6 @@ from models.classifiers import Classifier
 from models.clip_weights import find_weights, import_open_clip, is_torchscript, load_weights, one_line
 from models.text_embeddings import embed_texts
 
-DEFAULT_BACKBONE = "ViT-B-32-quickgelu"
-
 # A CLIP of open_clip's own classes for smoke tests: every part is there, nothing in it means anything.
 TINY_BACKBONE = "tiny-test"
 _TINY_CONFIG = {

@@ -111,7 +111,7 @@ def _synchronize(device):
 
 
 def _reset_peak(device):
-    """Start measuring the peak anew where the system can, and return what is held now, in bytes."""
+    """Start measuring the peak from scratch where the system can, and return what is held now, in bytes."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors and warnings, the choice of a device."""
+"""What every command shares: one-line errors and warnings."""
 
 import argparse
 import difflib
@@ -8,11 +8,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
-
-import torch
-
-from tools.training import distributed
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +25,10 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {close[0]}?)" if close else "; --help lists all"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+class MainProcessFailed(ValueError):
+    """Process 0 could not do what the others waited for; it says why itself."""
 
 
 @contextmanager
@@ -62,7 +61,7 @@ def user_errors():
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
-        if not isinstance(error, distributed.MainProcessFailed):
+        if not isinstance(error, MainProcessFailed):
             raw = isinstance(error, OSError) and error.strerror and error.filename
             text = f"{error.filename}: {error.strerror}" if raw else str(error)
             print(f"error: {' '.join(text.split())}", file=sys.stderr)
@@ -70,48 +69,18 @@ def user_errors():
 
 
 @contextmanager
-def one_line_warnings():
-    """Show each UserWarning as one line, in one process."""
+def one_line_warnings(show=lambda text: print(text, file=sys.stderr)):
+    """Hand each UserWarning to ``show`` as one line, in the first of several processes."""
     earlier = warnings.showwarning
 
-    def show(message, category, *place, **where):
+    def shown(message, category, *place, **where):
         if category is not UserWarning:
             earlier(message, category, *place, **where)
-        elif distributed.rank() == 0:
-            print(f"warning: {message}", file=sys.stderr)
+        elif os.environ.get("RANK", "0") == "0":
+            show(f"warning: {message}")
 
-    warnings.showwarning = show
+    warnings.showwarning = shown
     try:
         yield
     finally:
         warnings.showwarning = earlier
-
-
-def process_age():
-    """Seconds since this process began, imports included; None where the system does not tell (Linux does)."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return None
-
-
-def torch_device(name):
-    """The device that ``--device`` names: cpu, cuda, cuda:N, or auto, which is cuda where there is one.
-
-    Raises
-    ------
-    ValueError
-        For another name, or a GPU that this machine lacks.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: allowed are cpu, cuda, cuda:N and auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device

@@ -5,9 +5,10 @@ Make an ILM-VP folder (train.lmdb, test.lmdb, split.json), which the published c
   NAME --images DIR --split FILE    from an image folder and a split file of CoOp: {"train": [[path, label, class
                                     name], ...], "val": ..., "test": ...}. For the data sets of the paper these files
                                     give the published sizes; its "val" images are left out, as in the paper.
-  NAME                              from torchvision's own copy of flowers102, dtd, food101, eurosat, oxfordpets or
-                                    sun397, downloaded where it is missing, with the split named below. Its sizes are
-                                    NOT the published ones: results do not compare with the paper's.
+  NAME                              from torchvision's own copy of flowers102, dtd, food101, eurosat, oxfordpets,
+                                    sun397 or fgvc_aircraft, downloaded where it is missing, with the split named
+                                    below. But for fgvc_aircraft its sizes are NOT the published ones: results do not
+                                    compare with the paper's.
 
 The folder appears whole or not at all. Every image is decoded once before it is taken; the same command after an
 interruption goes on where it was cut off. Time is that of decoding (about 200 photographs a second and core) and, for
@@ -18,6 +19,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -34,8 +36,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DATASETS, write_ilmvp
-from data.decode import open_image
+from data.decode import open_image, upright
+from data.files import sync_folder
 from data.ilmvp import read_split
+from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
 from models.torchvision_shim import ensure_torchvision
 from tools.console import Parser, user_errors
@@ -49,50 +53,88 @@ class Copy:
     """What torchvision has of a data set, and which of it becomes training and test set."""
 
     factory: str
-    images: str  # folder of the pictures under the raw path; the paths of CoOp's split file start there as well
+    images: str  # folder of the images under the raw path; the paths of CoOp's split file start there as well
     address: str
-    total: int  # pictures that training and test set are drawn from
+    total: int  # images that training and test set are drawn from
     split: str
 
 
 COPIES = {
     "flowers102": Copy(
-        "Flowers102", "flowers-102/jpg", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz, "
-        "imagelabels.mat, setid.mat)", 8189, "the official split, train and val together for training",
+        "Flowers102",
+        "flowers-102/jpg",
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz, imagelabels.mat, setid.mat)",
+        8189,
+        "the official split, train and val together for training",
     ),
     "dtd": Copy(
-        "DTD", "dtd/dtd/images", "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz", 5640,
+        "DTD",
+        "dtd/dtd/images",
+        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
+        5640,
         "the first official split, train and val together for training",
     ),
     "food101": Copy(
-        "Food101", "food-101/images", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", 101000,
+        "Food101",
+        "food-101/images",
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+        101000,
         "the official split",
     ),
     "eurosat": Copy(
-        "EuroSAT", "eurosat/2750", "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)", 27000,
+        "EuroSAT",
+        "eurosat/2750",
+        "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)",
+        27000,
         "drawn with seed 0, 50 % of each class for training and 30 % for testing; there is no official one",
     ),
     "oxfordpets": Copy(
-        "OxfordIIITPet", "oxford-iiit-pet/images", "https://www.robots.ox.ac.uk/~vgg/data/pets/data/ (images.tar.gz "
-        "and annotations.tar.gz)", 7349, "the official split, trainval for training",
+        "OxfordIIITPet",
+        "oxford-iiit-pet/images",
+        "https://www.robots.ox.ac.uk/~vgg/data/pets/data/ (images.tar.gz and annotations.tar.gz)",
+        7349,
+        "the official split, trainval for training",
     ),
     "sun397": Copy(
-        "SUN397", "SUN397", "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz", 108754,
+        "SUN397",
+        "SUN397",
+        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+        108754,
         "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
+    ),
+    "fgvc_aircraft": Copy(
+        "FGVCAircraft",
+        "fgvc-aircraft-2013b/data/images",
+        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+        6667,
+        "the official split of variants without val, which is CoOp's",
     ),
 }
 
 # CoOp's split files: https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md
 SPLIT_FILES = {
-    "flowers102": "OxfordFlowers", "dtd": "DescribableTextures", "ucf101": "UCF101", "food101": "Food101",
-    "sun397": "SUN397", "eurosat": "EuroSAT", "oxfordpets": "OxfordPets", "stanfordcars": "StanfordCars",
+    "flowers102": "OxfordFlowers",
+    "dtd": "DescribableTextures",
+    "ucf101": "UCF101",
+    "food101": "Food101",
+    "sun397": "SUN397",
+    "eurosat": "EuroSAT",
+    "oxfordpets": "OxfordPets",
+    "stanfordcars": "StanfordCars",
+    "caltech101": "Caltech101",
+    "resisc45": "Resisc45",
 }
 
 # torchvision has the folder names; these are the ones that CoOp's split file, and so the paper, shows to a CLIP
 EUROSAT_NAMES = {
-    "AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake",
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
 }
 
 
@@ -211,8 +253,13 @@ def torchvision_samples(name, raw_path):
 
 
 def _official(name):
-    return {"flowers102": ("train", "val", "test"), "dtd": ("train", "val", "test"),
-            "food101": ("train", "test"), "oxfordpets": ("trainval", "test")}[name]
+    return {
+        "flowers102": ("train", "val", "test"),
+        "dtd": ("train", "val", "test"),
+        "food101": ("train", "test"),
+        "oxfordpets": ("trainval", "test"),
+        "fgvc_aircraft": ("train", "test"),
+    }[name]
 
 
 def _draw(pairs, train, test):
@@ -222,7 +269,7 @@ def _draw(pairs, train, test):
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
         first, second = (n if isinstance(n, int) else round(n * len(members)) for n in (train, test))
-        for split, rows in zip(chosen, (members[:first], members[first:first + second]), strict=True):
+        for split, rows in zip(chosen, (members[:first], members[first : first + second]), strict=True):
             split.extend(pairs[i] for i in sorted(rows))
     return chosen
 
@@ -242,7 +289,8 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
     class_names : list of str
     shorter_side : int, optional
         Images with a longer shorter side are resized to it, in pixels, aspect kept; JPEG and WEBP become JPEG of
-        quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are.
+        quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are,
+        unless their EXIF orientation turns them: records are read without it.
     workers : int
         Decoding threads, 0 for one a core.
 
@@ -259,7 +307,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
                 f"{len(bad)} images can't be used: {_first(bad, '; ')}; nothing was written but {partial}, which "
                 "remembers the good ones"
             )
-        for draft in (*partial.glob(".whole-*"), *partial.glob("whole")):
+        for draft in (*partial.glob(".whole.*"), *partial.glob("whole")):
             shutil.rmtree(draft)
         splits = {
             split: ((checked.encoded(path), label, name) for path, label, name in samples)
@@ -267,6 +315,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
         }
         write_ilmvp(partial / "whole", **splits, class_names=class_names)
         os.replace(partial / "whole", folder)
+        sync_folder(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -312,9 +361,10 @@ class _Checked:
         """Check the images that were not checked before; the messages of those that can't be used."""
         todo, bad = iter(sorted(path for path in paths if self._get(path) is None)), []
         threads = workers or os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool, tqdm(
-            total=len(paths), desc="checking images", unit="img", disable=None
-        ) as bar:
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(total=len(paths), desc="checking images", unit="img", disable=None) as bar,
+        ):
             while chunk := list(islice(todo, _CHUNK)):
                 results = list(pool.map(self._try, chunk))
                 self._put([(self._key(p), r) for p, r in zip(chunk, results, strict=True) if isinstance(r, bytes)])
@@ -330,17 +380,18 @@ class _Checked:
 
     def _check(self, path):
         encoded = path.read_bytes()
-        image = open_image(encoded, str(path))
-        if self._shorter_side is None or min(image.size) <= self._shorter_side:
+        stored = open_image(encoded, str(path))
+        image = upright(stored)
+        scale = min(1, (self._shorter_side or math.inf) / min(image.size))
+        if scale == 1 and image is stored:
             if len(encoded) > MAX_RECORD_BYTES - 1024:
                 raise ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
             return b""
-        scale = self._shorter_side / min(image.size)
         size = [max(1, round(side * scale)) for side in image.size]
         lossy = encoded.startswith(b"\xff\xd8") or encoded[8:12] == b"WEBP"
         how = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0} if lossy else {"format": "PNG"}
         stream = io.BytesIO()
-        image.resize(size, Image.Resampling.BICUBIC).save(stream, **how)
+        image.resize(size, Image.Resampling.BICUBIC).save(stream, **how, exif=b"")
         return stream.getvalue()
 
     def _put(self, items):
@@ -365,21 +416,38 @@ def _first(items, separator=", ", limit=3):
 def _build_parser():
     splits = "\n".join(f"  {name:12}{copy.split}" for name, copy in COPIES.items())
     parser = Parser(
-        prog="python -m tools.prepare_data", usage="%(prog)s NAME [options]", description=__doc__,
+        prog="python -m tools.prepare_data",
+        usage="%(prog)s NAME [options]",
+        description=__doc__,
         epilog=f"splits of torchvision's copies:\n{splits}",
     )
     parser.add_argument("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
     parser.add_argument("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
     parser.add_argument("--split", type=Path, metavar="FILE", help="split file of CoOp, split_zhou_*.json")
-    parser.add_argument("--data-path", type=Path, default=Path("datasets"), metavar="DIR",
-                        help="folder that holds the data sets (default: datasets)")
-    parser.add_argument("--raw-path", type=Path, metavar="DIR",
-                        help="where torchvision keeps its own copies (default: <data-path>/raw)")
-    parser.add_argument("--shorter-side", type=int, metavar="N",
-                        help="shorten larger images to N pixels on the shorter side (default: files as they are); a "
-                             "few times smaller, but no longer the published pixels")
-    parser.add_argument("--workers", type=int, default=0, metavar="N",
-                        help="decoding threads, 0 for one a core (default: 0); the result does not depend on it")
+    parser.add_argument(
+        "--data-path",
+        type=Path,
+        default=Path("datasets"),
+        metavar="DIR",
+        help="folder that holds the data sets (default: datasets)",
+    )
+    parser.add_argument(
+        "--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its own copies (default: <data-path>/raw)"
+    )
+    parser.add_argument(
+        "--shorter-side",
+        type=int,
+        metavar="N",
+        help="shorten larger images to N pixels on the shorter side (default: files as they are); a "
+        "few times smaller, but no longer the published pixels",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decoding threads, 0 for one a core (default: 0); the result does not depend on it",
+    )
     return parser
 
 
@@ -387,8 +455,8 @@ def _samples(arguments):
     name, published = arguments.name, DATASETS.get(arguments.name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"NAME is {name!r}; allowed are letters, digits, '.', '_' and '-'")
-    if published is not None and published.source != "ilmvp":
-        raise ValueError(f"{name} needs no preparation: the scripts read {published.source}'s own copy")
+    if published is not None and published.open is not open_ilmvp:
+        raise ValueError(f"{name} needs no preparation: the scripts read it as it is")
     if (arguments.images is None) != (arguments.split is None):
         raise ValueError("--images and --split go together: the paths of the split file start at the image folder")
     if arguments.workers < 0 or (arguments.shorter_side is not None and arguments.shorter_side < 1):
@@ -403,8 +471,13 @@ def _samples(arguments):
         )
     raw = arguments.raw_path or arguments.data_path / "raw"
     copy = COPIES[name]
-    print(f"split: {copy.split}. Not the paper's: for its sizes add --images {raw / copy.images} "
-          f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)", flush=True)
+    print(f"split: {copy.split}", flush=True)
+    if name in SPLIT_FILES:
+        print(
+            f"which is not the paper's: for its sizes add --images {raw / copy.images} "
+            f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)",
+            flush=True,
+        )
     return torchvision_samples(name, raw)
 
 
@@ -416,7 +489,7 @@ def main(argv=None):
         if folder.exists():
             if not all((folder / name).exists() for name in ("train.lmdb", "test.lmdb", "split.json")):
                 raise FileExistsError(f"{folder} exists and is no ILM-VP folder; move it, or take another --data-path")
-            print(f"{folder} is there already and left alone; remove it to prepare it anew")
+            print(f"{folder} is there already and left alone; remove it to prepare it again")
             return 0
         train, test, class_names = _samples(arguments)
         prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)

@@ -105,7 +105,7 @@ class Network(nn.Module):
         """
         if self.core is None:
             return self._plain(images)
-        self.input_vr._check(images, self.image_size)
+        self.input_vr.check_images(images)
         shared = self._shared() if self._held is None else self._held
         if not self.core.splits_first_layer:
             images = self.core.crop_input(self.input_vr.embed(images) + shared["pattern"])
@@ -165,6 +165,8 @@ class Network(nn.Module):
         with torch.enable_grad():
             logits = path(images)
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+            if not logits.requires_grad:  # an input VR without a pattern
+                return logits, torch.zeros(1)
             return logits.detach(), torch.autograd.grad((logits * weights).sum(), self.input_vr.program)[0]
 
     def _prepare(self, classifier):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.data.helpers import make_class_folders, make_ilmvp, picture, put
 
 def task_of(folder, cache_path, preset=None, **settings):
     preset = preset or padding_preset(16)
-    return load_task(f"folder:{folder}", "unused", preset, preset, cache_path=cache_path, **settings)
+    return load_task(f"folder:{folder}", None, preset, preset, cache_path=cache_path, **settings)
 
 
 def train_file(cache_path):
@@ -31,7 +32,7 @@ def train_file(cache_path):
 
 
 def decodings(monkeypatch):
-    """Count the pictures that are decoded from now on."""
+    """Count the images that are decoded from now on."""
     seen, image = [], LmdbSource.image
     monkeypatch.setattr(LmdbSource, "image", lambda self, i: (seen.append(i), image(self, i))[1])
     return seen
@@ -46,12 +47,7 @@ def test_stored_values_are_those_of_torchvision(size, stored):
 
     image = open_image(picture(7, size), "here")
     exact = transforms.Compose([transforms.Resize((stored, stored)), transforms.ToTensor()])(image)
-    ours = (
-        torch.from_numpy(Preset(stored).store(image).copy())
-        .permute(2, 0, 1)
-        .float()
-        .div_(torch.tensor(255.0))
-    )
+    ours = torch.from_numpy(Preset(stored).store(image).copy()).permute(2, 0, 1).float().div_(torch.tensor(255.0))
     assert torch.equal(ours, exact)
     clip = transforms.Compose(
         [
@@ -70,7 +66,7 @@ def test_a_sliver_that_would_become_huge_is_refused():
     assert Preset(224).store(image).shape == (224, 224, 3)
 
 
-def test_cached_pictures_are_the_decoded_ones(tmp_path, monkeypatch):
+def test_cached_images_are_the_decoded_ones(tmp_path, monkeypatch):
     folder = make_ilmvp(tmp_path / "set")
     seen = decodings(monkeypatch)
     first = task_of(folder, tmp_path / "cache").train
@@ -115,9 +111,7 @@ def damaged(path, how):
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize(
-    "how", ["cut off", "empty", "last byte", "longer", "pixel", "trailer", "zeros", "text"]
-)
+@pytest.mark.parametrize("how", ["cut off", "empty", "last byte", "longer", "pixel", "trailer", "zeros", "text"])
 def test_damaged_caches_are_made_again(tmp_path, monkeypatch, how):
     folder = make_ilmvp(tmp_path / "set")
     expected = task_of(folder, tmp_path / "cache").train.images.clone()
@@ -186,13 +180,11 @@ def test_read_only_data_are_fine(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["no room", "full while writing", "full at the end", "a file in its place"])
-def test_without_room_for_a_cache_pictures_are_kept_in_memory(tmp_path, monkeypatch, when):
+def test_without_room_for_a_cache_images_are_kept_in_memory(tmp_path, monkeypatch, when):
     folder = make_ilmvp(tmp_path / "set")
     expected = task_of(folder, tmp_path / "fine").train
     if when == "no room":
-        monkeypatch.setattr(
-            cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(100, 0, 99)
-        )
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: cache.shutil._ntuple_diskusage(100, 0, 99))
     elif when == "a file in its place":
         (tmp_path / "cache").write_text("mine")
     else:
@@ -206,16 +198,18 @@ def test_without_room_for_a_cache_pictures_are_kept_in_memory(tmp_path, monkeypa
 
         monkeypatch.setattr(cache, "_write_all", limited)
     preset = padding_preset(16)
-    train = load_task(f"folder:{folder}", "unused", preset, None, cache_path=tmp_path / "cache").train
+    train = load_task(f"folder:{folder}", None, preset, None, cache_path=tmp_path / "cache").train
     assert torch.equal(train.images, expected.images) and torch.equal(train.labels, expected.labels)
-    assert re.fullmatch(r"decoded into memory \(no cache at .*; 3,840 bytes are needed\)", train.origin)
+    reason = {"no room": "3,840 bytes are needed, 99 are free", "a file in its place": "File exists"}
+    assert re.fullmatch(r"decoded into memory \(.*\)", train.origin)
+    assert str(tmp_path / "cache") in train.origin and reason.get(when, "No space left on device") in train.origin
     if when == "a file in its place":
         assert (tmp_path / "cache").read_text() == "mine"
     else:
         assert not (tmp_path / "cache").exists()
 
 
-def test_without_room_anywhere_pictures_are_streamed(tmp_path, monkeypatch):
+def test_without_room_anywhere_images_are_streamed(tmp_path, monkeypatch):
     folder = make_ilmvp(tmp_path / "set")
     expected = task_of(folder, tmp_path / "fine").train
     monkeypatch.setattr(cache, "available_memory", lambda: 100)
@@ -229,17 +223,28 @@ def test_without_room_anywhere_pictures_are_streamed(tmp_path, monkeypatch):
     assert train.labels.tolist() == expected.labels.tolist()
 
 
-def test_drafts_of_killed_processes_go_after_a_day(tmp_path):
-    folder = make_ilmvp(tmp_path / "set")
-    task_of(folder, tmp_path / "cache")
-    path = train_file(tmp_path / "cache")
-    path.unlink()
-    old, new = (path.with_name(f".{path.name}.{name}.tmp") for name in ("old", "new"))
-    for draft in (old, new):
-        draft.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    task_of(folder, tmp_path / "cache")
-    assert new.exists() and not old.exists() and path.exists()
+def test_a_source_that_vanishes_is_no_fault_of_the_cache(tmp_path, monkeypatch):
+    root = make_class_folders(tmp_path / "photos")
+    read_bytes = Path.read_bytes
+
+    def vanishing(path):
+        if path.name == "1.png":
+            path.unlink()
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", vanishing)
+    with pytest.raises(ValueError, match=r"train/cat/1\.png: No such file or directory; restore or remove"):
+        task_of(root, tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_cache_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        task_of(make_ilmvp(tmp_path / "set"), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert train_file(tmp_path / "cache").stat().st_mode & 0o777 == 0o644
 
 
 def load_sum(folder, cache_path):
@@ -263,9 +268,67 @@ def test_subset_is_a_view(tmp_path):
     assert part.labels.tolist() == [0, 2, 1] and part.names == ["1", "3", "4"] and len(part.images) == 3
     assert torch.equal(part.images[torch.tensor([2, 0])], image_set.images[torch.tensor([4, 1])])
     assert torch.equal(part.images[:2], image_set.images[torch.tensor([1, 3])])
+    smaller = part.subset(torch.tensor([2, 0]))
+    assert smaller.images.base is image_set.images and smaller.names == ["4", "1"]
+    assert torch.equal(smaller.images[:], image_set.images[torch.tensor([4, 1])])
 
 
-def test_trailer_says_what_the_pictures_were_made_from(tmp_path):
+MODES = ("cached", "cached before", "in memory", "streamed")
+
+
+def fingerprints(folder, cache_path, monkeypatch, **settings):
+    """Of the same data in each way of keeping images."""
+    found = {}
+    for mode in MODES:
+        with monkeypatch.context() as patch:
+            if mode == "streamed":
+                patch.setattr(cache, "available_memory", lambda: 100)
+            task = task_of(folder, cache_path if "cached" in mode else None, **settings)
+            assert isinstance(getattr(task.train.images, "base", task.train.images), Streamed) == (mode == "streamed")
+            found[mode] = task.fingerprint
+    assert all(found[mode] == found["cached"] for mode in MODES)
+    return found["cached"]
+
+
+def test_fingerprint_is_that_of_labels_and_images_however_they_are_kept(tmp_path, monkeypatch):
+    folder = make_ilmvp(tmp_path / "set")
+    original = fingerprints(folder, tmp_path / "a", monkeypatch)
+    assert original.keys() == {"train", "test"} and all(re.fullmatch("[0-9a-f]{64}", x) for x in original.values())
+    folder.rename(tmp_path / "moved")
+    folder = tmp_path / "moved"
+    os.utime(folder / "train.lmdb", (0, 0))
+    assert fingerprints(folder, tmp_path / "b", monkeypatch) == original
+    put(folder / "test.lmdb", b"1", (picture(50), 1))
+    changed = fingerprints(folder, tmp_path / "b", monkeypatch)
+    assert changed["train"] == original["train"] and changed["test"] != original["test"]
+    put(folder / "train.lmdb", b"1", (picture(1), 1))
+    put(folder / "train.lmdb", b"2", (picture(2), 0))
+    assert fingerprints(folder, tmp_path / "b", monkeypatch)["train"] != original["train"]
+
+
+def test_fingerprint_of_a_part_depends_on_the_part(tmp_path, monkeypatch):
+    folder = make_ilmvp(tmp_path / "set", train_labels=[i % 3 for i in range(30)])
+    whole = task_of(folder, tmp_path / "a").fingerprint
+    parts = [
+        fingerprints(folder, tmp_path / "a", monkeypatch, **settings)["train"]
+        for settings in ({"train_fraction": 0.5}, {"train_fraction": 0.5, "seed": 1}, {"shots": 2})
+    ]
+    assert len({whole["train"], *parts}) == 4
+    assert fingerprints(folder, tmp_path / "a", monkeypatch, shots=5, seed=0)["train"] == parts[0]
+    held_out = fingerprints(folder, tmp_path / "a", monkeypatch, validation_fraction=0.2)
+    assert held_out.keys() == {"train", "test", "validation"} and held_out["test"] == whole["test"]
+
+
+def test_streamed_images_are_not_decoded_again_for_the_fingerprint(tmp_path, monkeypatch):
+    folder = make_ilmvp(tmp_path / "set")
+    monkeypatch.setattr(cache, "available_memory", lambda: 100)
+    train = task_of(folder, None).train
+    train.images[torch.tensor([3, 1, 0])]
+    seen = decodings(monkeypatch)
+    assert train.fingerprint == train.fingerprint and sorted(seen) == [2, 4]
+
+
+def test_trailer_says_what_the_images_were_made_from(tmp_path):
     folder = make_ilmvp(tmp_path / "set")
     task_of(folder, tmp_path / "cache")
     content = train_file(tmp_path / "cache").read_bytes()

@@ -28,9 +28,7 @@ def make_set(count=23, side=20):
 
 
 def make_loader(image_set, preset=CROPPED, batch_size=8, shuffle=True, seed=0, purpose="train", **share):
-    return BatchLoader(
-        image_set, preset, batch_size, "cpu", shuffle=shuffle, seed=seed, purpose=purpose, **share
-    )
+    return BatchLoader(image_set, preset, batch_size, "cpu", shuffle=shuffle, seed=seed, purpose=purpose, **share)
 
 
 def everything(loader, epoch=0):
@@ -165,9 +163,7 @@ def test_ranks_share_every_batch(world_size, streamed, monkeypatch):
 def test_resident_streamed_and_decoded_every_epoch_are_equal(preset, monkeypatch):
     image_set = make_set()
     source = ArraySource("made", image_set.images.numpy(), image_set.labels)
-    on_the_fly = ImageSet(
-        Streamed(source, preset, 2), image_set.labels, image_set.names, "decoded every epoch"
-    )
+    on_the_fly = ImageSet(Streamed(source, preset, 2), image_set.labels, image_set.names, "decoded every epoch")
     resident = make_loader(image_set, preset)
     assert resident.resident and "kept on cpu" in resident.description and "made here" in resident.description
     expected = everything(resident)
@@ -199,9 +195,7 @@ def test_a_streamed_epoch_may_be_left_early_and_passes_errors_on(monkeypatch):
     stream(monkeypatch)
     made = make_set()
     broken = Broken("made", made.images.numpy(), made.labels)
-    loader = make_loader(
-        ImageSet(Streamed(broken, Preset(20), 2), made.labels, [], ""), Preset(20), shuffle=False
-    )
+    loader = make_loader(ImageSet(Streamed(broken, Preset(20), 2), made.labels, [], ""), Preset(20), shuffle=False)
     epoch = loader.epoch(0)
     assert len(next(epoch).labels) == 8
     epoch.close()

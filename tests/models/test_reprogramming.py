@@ -1,9 +1,18 @@
-"""Input VR: hand-computed canvases, gradients that stay in the border, and the linear split."""
+"""Input VR: hand-computed canvases, gradients that stay in the border, the linear split, images, the registry."""
 
 import pytest
 import torch
 
-from models import PaddingVR, WatermarkingVR
+from models import (
+    REPROGRAMMING,
+    InputVR,
+    NoVR,
+    PaddingVR,
+    Reprogramming,
+    WatermarkingVR,
+    build_input_vr,
+    check_reprogramming_name,
+)
 
 MEAN, STD = (0.5, 0.25, 0.0), (0.5, 0.25, 2.0)
 
@@ -53,11 +62,11 @@ def test_watermark_border(border, free):
     assert float(vr.program.grad.sum()) == 2 * 3 * free
 
 
-@pytest.mark.parametrize("vr", [PaddingVR(9, 4, MEAN, STD), WatermarkingVR(9, 2, MEAN, STD)])
+@pytest.mark.parametrize("vr", [PaddingVR(9, 4, MEAN, STD), WatermarkingVR(9, 2, MEAN, STD), NoVR(9, MEAN, STD)])
 def test_split_is_the_whole(vr):
     torch.nn.init.normal_(vr.program)
-    size = 4 if isinstance(vr, PaddingVR) else 9
-    images = torch.rand(3, 3, size, size, requires_grad=True)
+    assert vr.image_size == (4 if isinstance(vr, PaddingVR) else 9)
+    images = torch.rand(3, 3, vr.image_size, vr.image_size, requires_grad=True)
     assert torch.equal(vr(images), vr.embed(images) + vr.pattern())
     assert not vr.embed(images).requires_grad
     assert vr.pattern().shape == (1, 3, 9, 9)
@@ -66,7 +75,7 @@ def test_split_is_the_whole(vr):
 
 
 @pytest.mark.parametrize(
-    "build, words",
+    "make, words",
     [
         (lambda: PaddingVR(32, 32, MEAN, STD), "image 32x32, canvas 32x32"),
         (lambda: PaddingVR(32, 40, MEAN, STD), "image 40x40, canvas 32x32"),
@@ -76,8 +85,92 @@ def test_split_is_the_whole(vr):
         (lambda: PaddingVR(8, 4, MEAN, STD)(torch.rand(2, 3, 5, 4)), r"\(2, 3, 5, 4\)"),
         (lambda: PaddingVR(8, 4, MEAN, STD)(torch.rand(3, 4, 4)), r"\(3, 4, 4\)"),
         (lambda: WatermarkingVR(8, 4, MEAN, STD)(torch.rand(2, 1, 8, 8)), r"\(2, 1, 8, 8\)"),
+        (lambda: NoVR(8, MEAN, STD)(torch.rand(2, 3, 8, 7)), r"\(2, 3, 8, 7\)"),
+        (lambda: build("paddng"), "VR 'paddng' .did you mean 'padding'.*choose from padding, watermarking, none"),
+        (lambda: check_reprogramming_name("vit"), "unknown input VR 'vit'; choose from padding"),
+        (lambda: build("padding", image_size=8), "image 8x8, canvas 8x8"),
+        (lambda: Reprogramming(NoVR, images="moved"), "got 'moved'"),
     ],
 )
-def test_bad_input(build, words):
-    with pytest.raises(ValueError, match=words):
-        build()
+def test_bad_input(make, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_none_is_the_normalised_image_alone():
+    vr = build("none")
+    images = torch.rand(2, 3, 8, 8)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    assert torch.equal(vr(images), (images - mean) / std)
+    assert not vr.trainable and not vr.program.requires_grad and not vr.program.any()
+    assert torch.equal(vr.pattern(), torch.zeros(1, 3, 8, 8)) and not vr.pattern().requires_grad
+    assert (vr.as_image()[0] == 128).all() and vr.as_image()[1] == "no pattern"
+
+
+def test_the_registry_builds_what_the_classes_do():
+    assert list(REPROGRAMMING) == ["padding", "watermarking", "none"]
+    padding, watermark = build("padding"), build("watermarking")
+    assert isinstance(padding, PaddingVR) and (padding.canvas_size, padding.image_size) == (8, 3)
+    assert isinstance(watermark, WatermarkingVR) and (watermark.canvas_size, watermark.border) == (8, 2)
+    assert torch.equal(watermark.mask, WatermarkingVR(8, 2, MEAN, STD).mask) and watermark.image_size == 8
+    assert padding.trainable and watermark.trainable and padding.program.requires_grad
+    assert [entry.images for entry in REPROGRAMMING.values()] == ["placed", "resized", "resized"]
+    assert [name for name, entry in REPROGRAMMING.items() if entry.augment] == ["watermarking"]
+    with pytest.raises(TypeError, match="depth"):
+        build("padding", depth=3)
+
+
+class Tint(InputVR):
+    """One colour per channel, a setting of its own times as strong."""
+
+    def __init__(self, canvas_size, mean, std, strength):
+        super().__init__(canvas_size, canvas_size, mean, std)
+        self.strength = strength
+
+    def pattern(self):
+        return (self.strength * self.program.mean((1, 2), keepdim=True).expand_as(self.program) / self.std[0])[None]
+
+
+def test_an_input_vr_of_ones_own(monkeypatch):
+    def build_tint(*, canvas_size, image_size, border, mean, std, strength):
+        return Tint(canvas_size, mean, std, strength)
+
+    monkeypatch.setitem(REPROGRAMMING, "tint", Reprogramming(build_tint, images="resized", settings=("a setting",)))
+    vr = build("tint", strength=2.0)
+    with torch.no_grad():
+        vr.program[0], vr.program[2] = 0.1, -0.05
+    out = vr(torch.full((1, 3, 8, 8), 0.25))
+    torch.testing.assert_close(out[0, :, 3, 4], torch.tensor([-0.1, 0.0, 0.075]))
+    image, caption = vr.as_image()
+    assert image[3, 4].tolist() == [255, 128, 64] and "×2.5" in caption and "white +0.2" in caption
+    assert image.shape == (8, 8, 3) and image.dtype == torch.uint8
+
+
+def test_a_faint_border_is_stretched_to_the_whole_range():
+    vr = build("padding")
+    with torch.no_grad():
+        vr.program[0, 0], vr.program[1, 7], vr.program[:, 3:6, 3:6] = 0.04, -0.04, 9.0
+    image, caption = vr.as_image()
+    assert image[0, 5].tolist() == [255, 128, 128] and image[7, 5].tolist() == [128, 0, 128]
+    assert image[3:6, 3:6].max() == 0, "the place of the image"
+    assert caption.endswith("contrast ×50: black 0.5 − 0.01, grey 0.5, white 0.5 + 0.01")
+
+
+def test_the_image_of_a_pattern_that_is_not_trained_is_grey():
+    assert (build("watermarking").as_image()[0] == 128).all()
+    image, caption = build("padding").as_image()
+    assert image.unique().tolist() == [0, 128] and "contrast ×1:" in caption
+
+
+def test_one_pixel_that_stands_out_does_not_hide_the_rest():
+    vr = WatermarkingVR(20, 10, (0.0,) * 3, (1.0,) * 3)
+    with torch.no_grad():
+        vr.program.fill_(0.5)[0, 0, 0] = 100.0
+    image, caption = vr.as_image()
+    assert (image == 255).all() and "white +0.5" in caption and "×1:" in caption
+
+
+def build(name, **changes):
+    shared = {"canvas_size": 8, "image_size": 3, "border": 2, "mean": MEAN, "std": STD}
+    return build_input_vr(name, **shared | changes)

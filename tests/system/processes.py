@@ -102,7 +102,7 @@ def outcome(results):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"]
-    checkpoints = {name: _plain(load_checkpoint(folder / name)) for name in ("last.pt", "best.pt")}
+    checkpoints = {name: _plain(load_checkpoint(folder / name)) for name in ("last.safetensors", "best.safetensors")}
     return {"result": read_json(folder / "result.json"), "metrics": lines, **checkpoints}
 
 

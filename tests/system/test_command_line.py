@@ -81,11 +81,11 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     assert result["best_epoch"] == accuracies.index(max(accuracies))
     if kind == "vlm":
         assert 0 <= result["zero_shot"]["single"] <= 1 and 0 <= result["zero_shot"]["ensemble"] <= 1
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.safetensors", "best.safetensors"):
         checkpoint = torch.load(folder / name, weights_only=True)
         assert checkpoint["program"].shape[0] == 3 and checkpoint["program"].abs().sum() > 0
         assert len(checkpoint["class_names"]) == 8
-    assert load_checkpoint(folder / "last.pt")["metrics"] == metrics
+    assert load_checkpoint(folder / "last.safetensors")["metrics"] == metrics
     if mapping in ("rlm", "flm"):
         assert metrics[1]["mapping_change"] == metrics[2]["mapping_change"] == 0
     if mapping == "linear":

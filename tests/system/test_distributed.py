@@ -28,7 +28,7 @@ def together(count, script, results, *arguments):
     assert log.count("epoch 2/2") == log.count("run folder: ") == 1 and "error" not in log
     folder = folder_of(results)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return lines, load_checkpoint(folder / "last.pt")
+    return lines, load_checkpoint(folder / "last.safetensors")
 
 
 @pytest.mark.parametrize("script, mapping, counts", [

@@ -130,8 +130,8 @@ def fuzz(folder, count, seed):
             path.unlink()
         for name, data in good.items():
             (folder / name).write_bytes(data)
-        name = draw.choice(("last.pt", "last.pt", "last.pt", "config.json", "result.json", "metrics.jsonl"))
-        change = mutate_inside if name == "last.pt" and draw.random() < 0.7 else mutate
+        name = draw.choice(("last.safetensors", "last.safetensors", "last.safetensors", "config.json", "result.json", "metrics.jsonl"))
+        change = mutate_inside if name == "last.safetensors" and draw.random() < 0.7 else mutate
         (folder / name).unlink()  # it may be a link
         (folder / name).write_bytes(change(good[name], draw))
         start = time.monotonic()
@@ -192,14 +192,14 @@ class Pixels:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_and_bombs_in_a_pickle(tmp_path, monkeypatch, attack, legacy):
     monkeypatch.chdir(tmp_path)
-    torch.save({"program": torch.zeros(2), "mapping": attack()}, "last.pt", _use_new_zipfile_serialization=not legacy)
+    torch.save({"program": torch.zeros(2), "mapping": attack()}, "last.safetensors", _use_new_zipfile_serialization=not legacy)
     tracemalloc.start()
     for read in (load_checkpoint, read_state_dict):
         with pytest.raises(ValueError, match="last.pt is not a readable checkpoint of plain tensors"):
-            read("last.pt")
+            read("last.safetensors")
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
-    assert os.listdir() == ["last.pt"]
+    assert os.listdir() == ["last.safetensors"]
 
 
 def archive(path, records, compression=zipfile.ZIP_STORED):
@@ -381,9 +381,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 ])
 def test_metrics_that_are_none(tmp_path, metrics):
     checkpoint = {"kind": "vm", "settings": SETTINGS, "metrics": metrics, **trained().state_dict()}
-    torch.save(checkpoint, tmp_path / "last.pt")
+    torch.save(checkpoint, tmp_path / "last.safetensors")
     with pytest.raises(ValueError, match="last.pt is damaged or no checkpoint of this project"):
-        load_checkpoint(tmp_path / "last.pt")
+        load_checkpoint(tmp_path / "last.safetensors")
 
 
 def test_links_in_a_run_folder_are_not_written_through(tmp_path):
@@ -403,14 +403,14 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path):
 def test_damage_never_becomes_the_checkpoint_before(tmp_path, capsys):
     """After a fall back, a process that dies within the next save must still find a good checkpoint."""
     fill(tmp_path)
-    (tmp_path / "last.pt").unlink()
-    (tmp_path / "last.pt").write_bytes(b"damaged")
+    (tmp_path / "last.safetensors").unlink()
+    (tmp_path / "last.safetensors").write_bytes(b"damaged")
     assert take_up(tmp_path).startswith("1 epochs")
     assert "last.pt is not a readable checkpoint" in capsys.readouterr().err
     run = Run(tmp_path, "vm", SETTINGS)
     run.open()
     run.save_epoch({"epoch": 1, "test_accuracy": 0.5}, trained().state_dict())
     run.close()
-    for name in ("last.pt", "previous.pt"):
+    for name in ("last.safetensors", "previous.safetensors"):
         assert load_checkpoint(tmp_path / name)
     assert json.loads((tmp_path / "result.json").read_text()) == RESULT

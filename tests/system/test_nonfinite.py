@@ -59,7 +59,7 @@ def alone(tmp_path_factory):
 def test_a_loss_that_is_nan_stops_the_run_at_its_step(sabotage, alone, tmp_path, capsys, monkeypatch):
     sabotage(lambda number, trained: trained and number == 3)
     assert run(tmp_path) == 3
-    last = folder_of(tmp_path) / "last.pt"
+    last = folder_of(tmp_path) / "last.safetensors"
     error = capsys.readouterr().err
     assert error.startswith("error: epoch 1, batch 1, learning rate 0.01: the loss or its gradient is not finite")
     assert f"last good checkpoint: {last} (1 epochs)" in error and error.count("\n") == 1
@@ -74,7 +74,7 @@ def test_nan_in_the_first_step_has_no_checkpoint_to_name(sabotage, tmp_path, cap
     assert run(tmp_path) == 3
     assert "epoch 0, batch 0, learning rate 0.01" in (error := capsys.readouterr().err)
     assert "last good checkpoint: none yet" in error
-    assert not (folder_of(tmp_path) / "last.pt").exists()
+    assert not (folder_of(tmp_path) / "last.safetensors").exists()
 
 
 @pytest.mark.parametrize("script", [train_vm, train_vm_fast])
@@ -84,7 +84,7 @@ def test_skipping_counts_and_goes_on(sabotage, tmp_path, capsys, script):
     assert "2 steps were skipped: their loss or gradient was not finite" in capsys.readouterr().out
     folder = folder_of(tmp_path)
     assert json.loads((folder / "result.json").read_text())["skipped_steps"] == 2
-    checkpoint = load_checkpoint(folder / "last.pt")
+    checkpoint = load_checkpoint(folder / "last.safetensors")
     assert checkpoint["skipped_steps"] == 2 and checkpoint["program"].isfinite().all()
     # Adam's own count: eight batches less two
     assert checkpoint["optimizers"][0]["state"][0]["step"] == 6
@@ -95,7 +95,7 @@ def test_skipping_has_an_end(sabotage, tmp_path, capsys):
     sabotage(lambda number, trained: trained and number >= 2)
     assert run(tmp_path, "--on-nonfinite", "skip") == 3
     assert "epoch 1, learning rate 0.01: no batch was finite" in capsys.readouterr().err
-    assert len(load_checkpoint(folder_of(tmp_path) / "last.pt")["metrics"]) == 1
+    assert len(load_checkpoint(folder_of(tmp_path) / "last.safetensors")["metrics"]) == 1
 
 
 def test_nothing_is_said_of_steps_where_none_was_skipped(alone):
@@ -112,7 +112,7 @@ def test_a_mapping_that_is_nan_stops_the_run(sabotage, alone, tmp_path, capsys, 
     assert run(tmp_path) == 3
     error = capsys.readouterr().err
     assert re.match(r"error: epoch 1, estimating the mapping, learning rate 0\.01: logits were not finite", error)
-    assert "last.pt (1 epochs)" in error
+    assert "last.safetensors (1 epochs)" in error
     monkeypatch.undo()
     assert run(tmp_path) == 0
     assert outcome(tmp_path) == alone
@@ -122,7 +122,7 @@ def test_a_skipped_estimation_keeps_the_mapping_before(sabotage, tmp_path):
     sabotage(second_estimation)
     assert run(tmp_path, "--on-nonfinite", "skip") == 0
     folder = folder_of(tmp_path)
-    changes = [line["mapping_change"] for line in load_checkpoint(folder / "last.pt")["metrics"]]
+    changes = [line["mapping_change"] for line in load_checkpoint(folder / "last.safetensors")["metrics"]]
     assert changes[0] is None and changes[1] == 0 and changes[2] > 0
     assert json.loads((folder / "result.json").read_text())["skipped_steps"] == 1
 
@@ -145,7 +145,7 @@ def test_a_pattern_that_overflows_is_not_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     assert run(tmp_path) == 3
     assert "epoch 1, learning rate 0.01: the pattern or the mapping is not finite" in capsys.readouterr().err
-    assert load_checkpoint(folder_of(tmp_path) / "last.pt")["program"].isfinite().all()
+    assert load_checkpoint(folder_of(tmp_path) / "last.safetensors")["program"].isfinite().all()
 
 
 @pytest.mark.parametrize("trained", [True, False])

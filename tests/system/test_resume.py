@@ -128,19 +128,19 @@ def test_second_process_other_settings_and_damage_are_refused(tmp_path):
     ):
         assert difference in last
     folder = folder_of(results)
-    for name in ("last.pt", "previous.pt"):
+    for name in ("last.safetensors", "previous.safetensors"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(b"damaged")
     assert run("train_vm", results, *arguments) == 2
     last = log_of(results).read_text().splitlines()[-1]
-    assert last.startswith("error: ") and "last.pt" in last and "previous.pt" in last and "--overwrite" in last
+    assert last.startswith("error: ") and "last.safetensors" in last and "previous.safetensors" in last and "--overwrite" in last
     assert run("train_vm", results, *arguments, "--overwrite") == 0
 
 
 def test_the_same_command_twice_gives_the_same_bits(alone, tmp_path):
     assert run("train_vm", tmp_path / "again", *SHORT, "--mapping", "blm", "--deterministic") == 0
     again, first = outcome(tmp_path / "again"), outcome(alone)
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.safetensors", "best.safetensors"):
         assert again[name]["settings"].pop("deterministic") and not first[name]["settings"].pop("deterministic")
     assert again == first
 

@@ -1,9 +1,13 @@
 """tools.check_data: whole folders pass, and of broken ones every fault is listed."""
 
+import io
 import os
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from data import ArraySource, DatasetInfo
 from tests.data.helpers import edit_split, make_class_folders, make_ilmvp, picture, put
 from tools import check_data
 
@@ -45,6 +49,43 @@ def test_unreadable_file_in_class_folders(tmp_path, capsys):
     assert "bird is empty" in check(capsys, photos)[2][0]
 
 
+def test_images_of_one_colour_are_named(tmp_path, capsys):
+    folder = make_ilmvp(tmp_path / "mine")
+    white = io.BytesIO()
+    Image.new("L", (9, 9), 255).save(white, "PNG")
+    put(folder / "train.lmdb", b"1", (white.getvalue(), 0))
+    (finding,) = check(capsys, folder)[2]
+    assert "train.lmdb, key b'1': all pixels are (255, 255, 255)" in finding
+    photos = make_class_folders(tmp_path / "photos")
+    (photos / "test/cat/0.png").write_bytes(white.getvalue())
+    assert "cat/0.png: all pixels are" in check(capsys, photos)[2][0]
+
+
+def test_data_sets_of_ones_own_and_those_made_on_the_spot(monkeypatch, capsys):
+    assert check(capsys, "--dataset", "digits") == (0, "digits: 901 train images, 896 test images, 10 classes", [])
+    source = ArraySource("mine/train", np.arange(480, dtype=np.uint8).reshape(2, 8, 10, 3), [0, 0])
+    info = DatasetInfo(3, 2, 2, 32, lambda name, data_path: (["a", "b"], source, source))
+    monkeypatch.setitem(check_data.DATASETS, "mine", info)
+    code, summary, findings = check(capsys, "--dataset", "mine")
+    assert code == 1 and summary == "mine: 2 train images, 2 test images, 2 classes"
+    assert findings == [
+        "2 train images (published: 3); another split, or not whole",
+        "class 1, 'b', has no training image",
+    ]
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_what_is_said_of_folders(tmp_path, capsys):
+    photos = make_class_folders(tmp_path / "photos", {"cat": 2, "dog": 1}, {"cat": 1})
+    assert check_data.main([str(photos)]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {photos}/test has no images of 'dog'") and warning.count("\n") == 1
+    alone = make_class_folders(tmp_path / "alone", {"cat": 2}, {"cat": 1})
+    assert check(capsys, alone)[2] == ["one class, 'cat'; expected two or more to tell apart"]
+    (photos / "test/dog").symlink_to("absent")
+    assert "test/dog is a link to absent, which is not there" in check(capsys, photos)[2][0]
+
+
 def test_labels_against_split(tmp_path, capsys):
     folder = make_ilmvp(tmp_path / "mine")
     put(folder / "train.lmdb", b"1", (picture(1), 2))
@@ -76,8 +117,10 @@ def test_missing_and_damaged_files_do_not_hide_each_other(tmp_path, capsys):
 
 def test_published_sizes(tmp_path, capsys):
     make_ilmvp(tmp_path / "dtd")
-    expected = [f"{found} (published: {n}); another split, or not whole"
-                for found, n in (("5 train images", 2820), ("3 test images", 1692), ("3 classes", 47))]
+    expected = [
+        f"{found} (published: {n}); another split, or not whole"
+        for found, n in (("5 train images", 2820), ("3 test images", 1692), ("3 classes", 47))
+    ]
     assert check(capsys, tmp_path / "dtd")[2] == expected
     assert check(capsys, "--dataset", "dtd", "--data-path", tmp_path)[2] == expected
 
@@ -87,7 +130,6 @@ BAD = [
     (["a", "--dataset", "dtd"], "either PATH or --dataset"),
     (["absent"], "absent is no data set"),
     (["--dataset", "flower102"], "'flowers102'"),
-    (["--dataset", "digits"], "nothing to check"),
     (["--dataset", "dtd"], "dtd is no data set"),
     (["--datasets", "dtd"], "did you mean --dataset?"),
 ]

@@ -69,9 +69,9 @@ def test_says_when_the_accuracy_is_another(vm_run, tmp_path, capsys):
     """As after training on another machine; here the checkpoint is made to remember another accuracy."""
     folder = tmp_path / "run"
     shutil.copytree(vm_run, folder)
-    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    checkpoint = torch.load(folder / "last.safetensors", weights_only=True)
     checkpoint["metrics"][-1]["test_accuracy"] = 0.96875
-    torch.save(checkpoint, folder / "last.pt")
+    torch.save(checkpoint, folder / "last.safetensors")
     printed = call(capsys, evaluate, folder)
     assert printed.err.startswith("warning: ") and printed.err.count("\n") == 1 and "96.8750%" in printed.err
     assert (folder / "evaluation.json").exists()
@@ -135,7 +135,7 @@ def test_no_run(tool, more, tmp_path, capsys, monkeypatch):
 def test_run_cut_off_before_its_first_epoch(tool, more, broken, capsys, monkeypatch):
     monkeypatch.chdir(broken)
     (broken / "some.png").write_bytes(b"")
-    (broken / "last.pt").unlink()
+    (broken / "last.safetensors").unlink()
     error = refuse(capsys, tool, broken, *more)
     assert "no last.pt" in error and "before the end of its first epoch" in error
 
@@ -179,7 +179,7 @@ def test_damaged_runs(broken, capsys):
     change_settings(broken, canvas_size=64, dataset="digits")
     assert "10 instead of 8" in refuse(capsys, evaluate, broken)
     (broken / "config.json").write_text(config)
-    (broken / "last.pt").write_bytes((broken / "last.pt").read_bytes()[:5000])
+    (broken / "last.safetensors").write_bytes((broken / "last.safetensors").read_bytes()[:5000])
     assert "damaged" in refuse(capsys, evaluate, broken)
 
 

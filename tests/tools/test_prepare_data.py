@@ -28,8 +28,15 @@ def coop(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(i, (60, 40), "JPEG" if path.suffix == ".jpg" else "PNG"))
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
-    return ["flowers102", "--images", str(images), "--split", str(tmp_path / "split.json"),
-            "--data-path", str(tmp_path / "datasets")]
+    return [
+        "flowers102",
+        "--images",
+        str(images),
+        "--split",
+        str(tmp_path / "split.json"),
+        "--data-path",
+        str(tmp_path / "datasets"),
+    ]
 
 
 def edit(coop, change):
@@ -61,7 +68,7 @@ def test_split_file_to_folder(coop, tmp_path, capsys):
     assert json.loads((folder / "split.json").read_text()) == SPLIT | {"val": []}
     assert sorted(path.name for path in folder.parent.iterdir()) == ["flowers102"]
     preset = padding_preset(32)
-    task = load_task(f"folder:{folder}", "", preset, preset, cache_path=None)
+    task = load_task(f"folder:{folder}", None, preset, preset, cache_path=None)
     assert task.train.labels.tolist() == [0, 1, 0] and task.class_names == ["hard leaved orchid", "rose"]
 
     before = (folder / "train.lmdb").stat().st_mtime_ns
@@ -85,6 +92,24 @@ def test_shorter_side_leaves_small_images_as_they_are(coop, tmp_path):
     source.close()
 
 
+@pytest.mark.parametrize("more", [[], ["--shorter-side", "20"]])
+def test_images_are_stored_upright(coop, tmp_path, more):
+    """LMDB records are read without their EXIF, so that it has to be acted on here."""
+    exif, stream, path = Image.Exif(), io.BytesIO(), tmp_path / "jpg/a/0.png"
+    exif[0x0112] = 6
+    lying = Image.open(path)
+    lying.save(stream, "PNG", exif=exif)
+    path.write_bytes(stream.getvalue())
+    assert prepare_data.main([*coop, *more]) == 0
+    source = LmdbSource(tmp_path / "datasets" / "flowers102" / "train.lmdb")
+    stored = Image.open(io.BytesIO(source.record(0)[0]))
+    expected = lying.transpose(Image.Transpose.ROTATE_270)
+    if more:
+        expected = expected.resize((20, 30), Image.Resampling.BICUBIC)
+    assert stored.tobytes() == expected.tobytes() and not stored.getexif()
+    assert Image.open(io.BytesIO(source.record(1)[0])).size == ((30, 20) if more else (60, 40))
+
+
 def test_goes_on_where_it_was_cut_off(coop, tmp_path, monkeypatch):
     """Cut off while checking, then while writing: nothing passes for whole, no image is decoded twice."""
     decoded = []
@@ -106,7 +131,7 @@ def test_goes_on_where_it_was_cut_off(coop, tmp_path, monkeypatch):
     monkeypatch.setattr(
         prepare_data, "open_image", lambda encoded, where: again.append(where) or Image.open(io.BytesIO(encoded))
     )
-    for debris in (".whole-abcd", "whole"):  # as kill -9 leaves it
+    for debris in (".whole.abcd.tmp", "whole"):  # as kill -9 leaves it
         (datasets / ".flowers102.partial" / debris).mkdir()
         (datasets / ".flowers102.partial" / debris / "train.lmdb").write_bytes(b"half")
     with monkeypatch.context() as cut:
@@ -167,6 +192,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, words):
 def test_bad_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "split_zhou_UCF101.json" in refused(capsys, "ucf101")
+    assert "split_zhou_Caltech101.json" in refused(capsys, "caltech101")
+    assert "split_zhou_Resisc45.json" in refused(capsys, "resisc45")
     assert "letters, digits" in refused(capsys, "../flowers102")
     assert "needs no preparation" in refused(capsys, "cifar10")
     (tmp_path / "datasets" / "dtd").mkdir(parents=True)
@@ -178,7 +205,7 @@ def test_class_in_val_only(coop, capsys):
     assert "no image of class 'tulip'" in refused(capsys, *coop)
 
 
-def write_pictures(root, *paths):
+def write_images(root, *paths):
     for i, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(picture(i, (8, 8), "JPEG"))
@@ -197,7 +224,7 @@ def content(folder):
 
 def test_eurosat_of_torchvision(tmp_path, monkeypatch, capsys):
     classes = ["AnnualCrop", "SeaLake"]
-    write_pictures(tmp_path / "raw/eurosat/2750", *(f"{c}/{c}_{i}.jpg" for c in classes for i in range(10)))
+    write_images(tmp_path / "raw/eurosat/2750", *(f"{c}/{c}_{i}.jpg" for c in classes for i in range(10)))
     expect_total(monkeypatch, "eurosat", 20)
     command = ["eurosat", "--data-path", str(tmp_path), "--raw-path", str(tmp_path / "raw")]
     assert prepare_data.main(command) == 0
@@ -216,7 +243,7 @@ def test_eurosat_of_torchvision(tmp_path, monkeypatch, capsys):
 
 def test_sun397_of_torchvision(tmp_path, monkeypatch):
     root = tmp_path / "raw/SUN397"
-    write_pictures(root, *(f"a/{c}/sun_{i:03}.jpg" for c in ("abbey", "arch/outdoor") for i in range(95)))
+    write_images(root, *(f"a/{c}/sun_{i:03}.jpg" for c in ("abbey", "arch/outdoor") for i in range(95)))
     (root / "ClassName.txt").write_text("/a/abbey\n/a/arch/outdoor\n")
     expect_total(monkeypatch, "sun397", 190)
     assert prepare_data.main(["sun397", "--data-path", str(tmp_path)]) == 0
@@ -227,7 +254,7 @@ def test_sun397_of_torchvision(tmp_path, monkeypatch):
 
 def test_dtd_of_torchvision(tmp_path, monkeypatch, capsys):
     root = tmp_path / "raw/dtd/dtd"
-    write_pictures(root / "images", *(f"{c}/{c}_{i}.jpg" for c in ("banded", "dotted") for i in range(3)))
+    write_images(root / "images", *(f"{c}/{c}_{i}.jpg" for c in ("banded", "dotted") for i in range(3)))
     (root / "labels").mkdir()
     for i, split in enumerate(("train", "val", "test")):
         (root / "labels" / f"{split}1.txt").write_text(f"banded/banded_{i}.jpg\ndotted/dotted_{i}.jpg\n")
@@ -239,6 +266,21 @@ def test_dtd_of_torchvision(tmp_path, monkeypatch, capsys):
     (root / "images/banded/banded_1.jpg").unlink()
     message = refused(capsys, "dtd", "--data-path", str(tmp_path / "other"), "--raw-path", str(tmp_path / "raw"))
     assert "banded/banded_1.jpg" in message
+
+
+def test_fgvc_aircraft_of_torchvision(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "raw/fgvc-aircraft-2013b/data"
+    write_images(root / "images", *(f"{i}.jpg" for i in range(6)))
+    (root / "variants.txt").write_text("707-320\n747-100\n")
+    for first, split in ((0, "train"), (2, "val"), (4, "test")):
+        (root / f"images_variant_{split}.txt").write_text(f"{first} 707-320\n{first + 1} 747-100\n")
+    expect_total(monkeypatch, "fgvc_aircraft", 4)
+    assert prepare_data.main(["fgvc_aircraft", "--data-path", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "published: 3334 training and 3333 test images" in printed and "not the paper's" not in printed
+    names, counts, split = content(tmp_path / "fgvc_aircraft")
+    assert names == ["707 320", "747 100"] and counts == {"train": {0: 1, 1: 1}, "test": {0: 1, 1: 1}}
+    assert [entry[0] for entry in split["test"]] == ["4.jpg", "5.jpg"]
 
 
 def test_no_network(tmp_path, monkeypatch, capsys):

@@ -115,7 +115,7 @@ def test_export(run_folder, outputs, tmp_path):
 def test_visualize(run_folder, tmp_path):
     visualize.main([str(run_folder), "--out", str(tmp_path), "--device", "cpu"])
     numbers = json.loads((tmp_path / "figures.json").read_text())
-    state = torch.load(run_folder / "last.pt", weights_only=True)
+    state = torch.load(run_folder / "last.safetensors", weights_only=True)
     weights, names = state["mapping"]["_weights"], state["class_names"]
     for name, shown in numbers["labels"].items():
         column = weights[:, names.index(name)]
@@ -128,7 +128,7 @@ def test_visualize(run_folder, tmp_path):
 
 def test_report(run_folder, tmp_path, capsys):
     report.main([str(run_folder), "--out", str(tmp_path / "page.html")])
-    data, state = page_data(tmp_path / "page.html"), torch.load(run_folder / "last.pt", weights_only=True)
+    data, state = page_data(tmp_path / "page.html"), torch.load(run_folder / "last.safetensors", weights_only=True)
     (group,), (details,) = data["groups"], data["runs"]
     assert group["accuracy"] == pytest.approx(100 * state["metrics"][-1]["test_accuracy"])
     classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]

@@ -42,7 +42,7 @@ def make_run(results, final, *, kind="vm", seconds=30.0, classes=("rose", "oxeye
         "kind": kind, "settings": settings, "metrics": metrics, "mapping": {}, "program": torch.randn(3, 224, 224),
         "class_names": list(classes), "source_names": list(sources or ("tench", "daisy", "sea urchin", "vase")),
         "history": [{"epoch": 1, **top}],
-    }, folder / "last.pt")
+    }, folder / "last.safetensors")
     return folder
 
 
@@ -141,14 +141,14 @@ def test_bad_input(tmp_path, capsys):
     assert "invalid choice" in fails(capsys, tmp_path, "--format", "pdf")
     assert "did you mean --format" in fails(capsys, tmp_path, "--formt", "html")
     broken = make_run(tmp_path, 0.5, seed=2)
-    (broken / "last.pt").write_bytes(b"none")
+    (broken / "last.safetensors").write_bytes(b"none")
     assert "last.pt is no" in fails(capsys, broken, "--out", tmp_path / "r.html")
     for damage in (
         {"history": [{"labels": torch.tensor([[9], [0]]), "weights": torch.ones(2, 1)}]}, {"history": [{}]},
         {"program": torch.zeros(3)}, {"program": torch.zeros(3, 4, 5)}, {"class_names": [1, 2]},
     ):
-        state = torch.load(make_run(tmp_path, 0.5, seed=3) / "last.pt")
-        torch.save(state | damage, broken / "last.pt")
+        state = torch.load(make_run(tmp_path, 0.5, seed=3) / "last.safetensors")
+        torch.save(state | damage, broken / "last.safetensors")
         assert "last.pt holds no" in fails(capsys, broken, "--out", tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
@@ -189,7 +189,7 @@ def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
         classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
         assert len(details["mapping"]) == len(classes) == 8 and details["pattern"].startswith("data:image/png;base64,")
         assert all(0 <= s < len(sources) and 0 < w <= 1 for pairs in details["mapping"] for s, w in pairs)
-    weights = torch.load(vm_run / "last.pt", weights_only=True)["mapping"]["_weights"]
+    weights = torch.load(vm_run / "last.safetensors", weights_only=True)["mapping"]["_weights"]
     vm = data["runs"][data["groups"][0]["runs"][0]]["mapping"]
     assert [pairs[0][1] for pairs in vm] == pytest.approx(weights.max(0).values.tolist(), rel=1e-4)
     assert all(weights[s, t] == pytest.approx(w, rel=1e-4) for t, pairs in enumerate(vm) for s, w in pairs)

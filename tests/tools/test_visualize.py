@@ -26,7 +26,7 @@ FIGURES = ("pattern", "labels", "mapping", "curves", "evolution", "outputs")
 def drawn(request, tmp_path_factory):
     """Of the vision model with the labels that are shown unasked, of the CLIP with two that are asked for."""
     run, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("figures")
-    checkpoint, before = load_checkpoint(run / "last.pt"), sorted(path.name for path in run.iterdir())
+    checkpoint, before = load_checkpoint(run / "last.safetensors"), sorted(path.name for path in run.iterdir())
     names = checkpoint["class_names"]
     chosen = [names[5], names[3]] if request.param == "vlm_run" else [names[t] for t in (0, 2, 3, 4, 6, 7)]
     flags = [f"--label={name}" for name in [*chosen, chosen[0]]] if request.param == "vlm_run" else []
@@ -79,13 +79,13 @@ def test_evolution_starts_at_the_first_epoch_and_ends_at_the_mapping(drawn):
 
 
 def test_history_goes_on_where_a_run_was_cut_off(vm_run, tmp_path):
-    straight = load_checkpoint(vm_run / "last.pt")
+    straight = load_checkpoint(vm_run / "last.safetensors")
     folder = tmp_path.joinpath(*vm_run.parts[-3:])
     folder.mkdir(parents=True)
     shutil.copy(vm_run / "config.json", folder)
-    shutil.copy(vm_run / "previous.pt", folder / "last.pt")
+    shutil.copy(vm_run / "previous.safetensors", folder / "last.safetensors")
     train_vm.main([*SHARED, *BACKBONES["train_vm"], "--mapping", "blm", "--results-path", str(tmp_path)])
-    resumed = load_checkpoint(folder / "last.pt")
+    resumed = load_checkpoint(folder / "last.safetensors")
     assert [entry["epoch"] for entry in resumed["history"]] == [0, 1, 2]
     for one, other in zip(straight["history"], resumed["history"], strict=True):
         assert torch.equal(one["labels"], other["labels"]) and torch.equal(one["weights"], other["weights"])

@@ -8,8 +8,7 @@ with comma-separated values, or from both: then the flags win.
 
 Finished runs are skipped, failed ones are tried again, runs that were cut off go on, and those that another process is
 at work on are waited for: the same command again is always right, and so are two at once. Ctrl-C lets every run save
-and end. Runs that would share a run folder, since they differ in a setting that is no part of its name, get a results
-path of their own, <results-path>/<setting>=<value>.
+and end.
 
 Runs take turns on the GPUs of this machine (CUDA_VISIBLE_DEVICES is respected), one per GPU, or share its cores; or go
 to Slurm, as a job array through submitit (pip install submitit):
@@ -24,14 +23,13 @@ import sys
 from pathlib import Path
 
 from tools.console import Parser, user_errors
-from tools.sweep.cells import FIELDS, SCRIPTS, expand, normalise, override, read_grid
+from tools.sweep.cells import SCRIPTS, expand, known_settings, normalise, override, read_grid
 from tools.sweep.display import Display, outcome, status
 from tools.sweep.jobs import Job, sweep
 from tools.sweep.runner import LocalRunner, find_gpus
 from tools.sweep.slurm import SlurmRunner
-from tools.training.run_folder import FREE_SETTINGS, check_writable
-
-WHOLE = FREE_SETTINGS | {"engine", "weights", "templates"}  # flags whose value may hold a comma of its own
+from tools.training.plugins import load_plugin_of
+from tools.training.run_folder import check_writable
 
 
 def _build_parser():
@@ -48,26 +46,27 @@ def _build_parser():
                              "timeout_min (default 1440), cpus_per_task (4), gpus_per_node (1), mem_gb")
     settings = parser.add_argument_group("settings, with a value or several separated by commas")
     settings.add_argument("--script", metavar="SCRIPT", help=f"{', '.join(SCRIPTS)} (default: train_vm.py)")
-    for name, field in FIELDS.items():
-        flag, text = f"--{name.replace('_', '-')}", field.metadata["help"]
-        if field.default is True:
-            settings.add_argument(flag, metavar="true,false", help=f"with false: {text}")
-        elif field.default is False:
-            settings.add_argument(flag, nargs="?", const="true", metavar="true|false", help=text)
+    for setting in known_settings().values():
+        flag, default = f"--{setting.name.replace('_', '-')}", setting.default
+        if default is True:
+            settings.add_argument(flag, metavar="true,false", help=f"with false: {setting.help}")
+        elif default is False:
+            settings.add_argument(flag, nargs="?", const="true", metavar="true|false", help=setting.help)
         else:
-            settings.add_argument(flag, metavar="VALUE" if name in WHOLE else "VALUES", help=text)
+            settings.add_argument(flag, metavar="VALUES" if setting.affects == "result" else "VALUE", help=setting.help)
     return parser
 
 
 def _typed_grid(arguments):
     """The settings on the command line, as a grid."""
-    grid = {}
-    for name in ("script", *FIELDS):
+    grid, known = {}, known_settings()
+    for name in ("script", *known):
         text = getattr(arguments, name)
         if text is None:
             continue
-        values = [text] if name in WHOLE else text.split(",")
-        if name in FIELDS and isinstance(FIELDS[name].default, bool):
+        # what does not tell runs apart has one value, whose commas are its own
+        values = text.split(",") if name == "script" or known[name].affects == "result" else [text]
+        if name in known and isinstance(known[name].default, bool):
             values = [{"true": True, "false": False}.get(value, value) for value in values]
         grid[name] = values
     return normalise(grid)
@@ -83,15 +82,9 @@ def _slurm_parameters(texts):
     return parameters
 
 
-def _say_what_is_separated(cells, separated):
-    if separated:
-        example = next(path for cell in cells if (path := Path(cell.settings["results_path"])) != cell.base)
-        print(f"run folders do not name {', '.join(separated)}: runs in which they are not the default's get results "
-              f"paths of their own, such as {example}")
-
-
 @user_errors()
 def main(argv=None):
+    load_plugin_of(argv)
     arguments = _build_parser().parse_args(argv)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs must be 1 or more, got {arguments.jobs}")
@@ -99,22 +92,20 @@ def main(argv=None):
     if arguments.grid is None and not typed:
         raise ValueError("nothing to run: give GRID.yaml, or settings such as --mapping blm,blmpp; see --help")
     grid = override(read_grid(arguments.grid) if arguments.grid else {}, typed)
-    cells, separated = expand(grid, elsewhere=arguments.slurm is not None)
-    for base in {cell.base for cell in cells}:
-        check_writable(base)
+    cells = expand(grid, elsewhere=arguments.slurm is not None)
+    results_path = Path(cells[0].cfg.results_path)
+    check_writable(results_path)
     if arguments.dry_run:
         jobs = [Job(cell) for cell in cells]
         for job in jobs:
             print(f"{job.state:8} {shlex.join(['python', *job.cell.command[1:]])} {job.error}".rstrip())
-        _say_what_is_separated(cells, separated)
         print(status(jobs, arguments.jobs or 1))
         return 0
     if arguments.slurm is not None:
-        runner = SlurmRunner(_slurm_parameters(arguments.slurm), cells[0].base / "logs" / "slurm", arguments.jobs or 16)
+        runner = SlurmRunner(_slurm_parameters(arguments.slurm), results_path / "logs" / "slurm", arguments.jobs or 16)
     else:
         gpus = find_gpus(cells)
         runner = LocalRunner(arguments.jobs or len(gpus) or 1, gpus)
-    _say_what_is_separated(cells, separated)
     with Display(runner.parallel) as display:
         jobs, signum = sweep(cells, runner, display)
     print(status(jobs, runner.parallel))

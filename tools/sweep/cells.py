@@ -14,19 +14,22 @@ one or several of the scripts, and ``variants`` is a list of smaller grids, each
 import difflib
 import itertools
 import sys
-from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from cfg import VLMConfig, VMConfig, VMFastConfig, parse
-from tools.training.run_folder import FREE_SETTINGS, run_folder
+from cfg import CONFIGS, Config
+from tools.training.command_line import parse
+from tools.training.numerics import choose_device, choose_precision
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {f"train_{config.kind}.py": config for config in (VMConfig, VLMConfig, VMFastConfig)}
-FIELDS = {field.name: field for config in SCRIPTS.values() for field in fields(config)}  # of all scripts together
-MACHINE = ("device", "precision")  # what can be checked only on the machine that a run is for
+SCRIPTS = {f"train_{config.kind}.py": config for config in CONFIGS}
+
+
+def known_settings():
+    """The settings of all scripts together, a dict of name to `mapping.Setting`; those of a plugin included."""
+    return {name: setting for config in CONFIGS for name, setting in config.settings_of_all().items()}
 
 
 @dataclass(frozen=True)
@@ -38,35 +41,28 @@ class Cell:
     script : str
     arguments : tuple of str
         Its command line.
-    settings : dict
-        Every setting, as the run's ``config.json`` will have them.
-    base : Path
-        ``--results-path`` of the grid; that of the cell is in its settings, and may lie below.
+    cfg : cfg.Config
+        Its settings.
     """
 
     script: str
     arguments: tuple[str, ...]
-    settings: dict
-    base: Path
-
-    @property
-    def kind(self):
-        return SCRIPTS[self.script].kind
+    cfg: Config
 
     @property
     def folder(self):
         """The run folder."""
-        return run_folder(self.settings["results_path"], self.kind, self.settings)
+        return self.cfg.folder
 
     @property
     def name(self):
-        """Run folder below the grid's results path: unique within a grid."""
-        return self.folder.relative_to(self.base).as_posix()
+        """Run folder below the results path: unique within a grid."""
+        return self.folder.relative_to(self.cfg.results_path).as_posix()
 
     @property
     def log(self):
         """Where the output of the script goes."""
-        return self.base / "logs" / f"{self.name}.log"
+        return Path(self.cfg.results_path) / "logs" / f"{self.name}.log"
 
     @property
     def command(self):
@@ -116,7 +112,8 @@ def normalise(grid, allow_variants=True):
     """A grid with underscores in its keys and lists for values; ValueError where something in it is unknown."""
     if not isinstance(grid, dict):
         raise ValueError(f"expected settings and their values, got {type(grid).__name__}")
-    known, result = ["script", *FIELDS, *(["variants"] if allow_variants else [])], {}
+    settings, result = known_settings(), {}
+    known = ["script", *settings, *(["variants"] if allow_variants else [])]
     for key, value in grid.items():
         name = str(key).replace("-", "_")
         if name not in known:
@@ -131,11 +128,11 @@ def normalise(grid, allow_variants=True):
             continue
         if any(isinstance(each, (dict, list)) for each in values):
             raise ValueError(f"{key} takes a value or a list of values, got {value!r}")
-        if name in FREE_SETTINGS and len(values) > 1:
-            raise ValueError(f"{key} takes one value: it does not tell runs apart")
         if name == "script":
             _check_scripts(values)
-        elif isinstance(FIELDS[name].default, bool) and any(not isinstance(each, bool) for each in values):
+        elif settings[name].affects != "result" and len(values) > 1:
+            raise ValueError(f"{key} takes one value: it does not tell runs apart")
+        elif isinstance(settings[name].default, bool) and any(not isinstance(each, bool) for each in values):
             raise ValueError(f"{key} takes true or false, got {value!r}")
         result[name] = values
     return result
@@ -156,98 +153,46 @@ def _check_scripts(values):
 def expand(grid, elsewhere=False):
     """The cells of a grid, in its order, each once.
 
-    Where several would share a run folder, since they differ in a setting that is no part of its name, each gets a
-    results path of its own: ``<results-path>/<setting>=<value>`` for every such setting, but for values that are the
-    default, so that such runs are found where other grids look for them.
-
     Parameters
     ----------
     grid : dict
         As `read_grid` gives it.
     elsewhere : bool
-        The runs are for another machine: ``device`` and ``precision`` are taken without looking at this one.
+        The runs are for another machine, whose devices this one need not have.
 
     Returns
     -------
-    cells : list of Cell
-    separated : list of str
-        The settings that made for results paths of their own.
+    list of Cell
 
     Raises
     ------
     ValueError
-        A value is not allowed, or two cells can't be told apart by their folders. A value that a script's command line
-        would refuse ends the process as it does there.
+        A value is not allowed. A value that a script's command line would refuse ends the process as it does there.
     """
     rest = {key: values for key, values in grid.items() if key != "variants"}
-    planned, seen = [], set()
+    cells = {}
     for variant in grid.get("variants", [{}]):
         axes = {"script": ["train_vm.py"], **rest, **variant}
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
-            script = chosen.pop("script")
-            settings = _settings(script, chosen, elsewhere)
-            key = script, *(repr(v) for k, v in settings.items() if k not in FREE_SETTINGS - {"results_path"})
-            if key not in seen:
-                seen.add(key)
-                planned.append((script, chosen, settings))
-    return _separate(planned)
+            cell = _cell(chosen.pop("script"), chosen)
+            if not elsewhere:
+                choose_precision(cell.cfg.precision, choose_device(cell.cfg.device))
+            cells.setdefault(cell.folder, cell)
+    return list(cells.values())
 
 
-def _settings(script, chosen, elsewhere):
-    """Every setting of a run, as its script will read them."""
-    config = SCRIPTS[script]
-    other = sorted(chosen.keys() - {field.name for field in fields(config)})
+def _cell(script, chosen):
+    """One run of a script, its settings read as the script will read them."""
+    known = SCRIPTS[script].settings_of_all()
+    other = sorted(chosen.keys() - known.keys())
     if other:
         raise ValueError(f"{script} has no setting {other[0]!r}")
-    aside = {name: chosen[name] for name in MACHINE if elsewhere and chosen.get(name) is not None}
-    settings = parse(config, "", _arguments({k: v for k, v in chosen.items() if k not in aside})).settings
-    for name, value in aside.items():
-        allowed = FIELDS[name].metadata.get("choices", (value,))
-        if value not in allowed:
-            raise ValueError(f"--{name} {value}: allowed are {', '.join(allowed)}")
-    return settings | aside
-
-
-def _arguments(chosen):
-    """A script's command line for settings; None stands for the script's own default."""
     arguments = []
-    for name, value in chosen.items():
-        flag = name.replace("_", "-")
-        default = FIELDS[name].default
+    for name, value in chosen.items():  # None stands for the script's own default
+        flag, default = known[name].flag, known[name].default
         if isinstance(default, bool):
-            if value is not None and value != default:
-                arguments.append(f"--no-{flag}" if default else f"--{flag}")
+            arguments += [flag] if value is not None and value != default else []
         elif value is not None:
-            arguments += [f"--{flag}", str(value)]
-    return arguments
-
-
-def _separate(planned):
-    groups = defaultdict(list)
-    for script, _, settings in planned:
-        groups[run_folder(settings["results_path"], SCRIPTS[script].kind, settings)].append(settings)
-    cells, separated, owners = [], set(), {}
-    for script, chosen, settings in planned:
-        config, base = SCRIPTS[script], Path(settings["results_path"])
-        group = groups[run_folder(base, config.kind, settings)]
-        own = base
-        if len(group) > 1:
-            defaults = parse(config, "", ["--dataset", settings["dataset"]]).settings | {"dataset": None}
-            for name, value in settings.items():
-                if name in FREE_SETTINGS or len({repr(each[name]) for each in group}) == 1:
-                    continue
-                separated.add(name)
-                if value != defaults[name]:
-                    own = own / f"{name}={_as_file_name(value)}"
-        arguments = _arguments(chosen | {"results_path": str(own)})
-        cell = Cell(script, tuple(arguments), settings | {"results_path": str(own)}, base)
-        if owners.setdefault(cell.folder, cell) is not cell:
-            raise ValueError(f"two cells of the grid share the run folder {cell.folder}; give them --results-path s")
-        cells.append(cell)
-    return cells, sorted(separated)
-
-
-def _as_file_name(value):
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return "".join(c if c.isalnum() or c in "._,-" else "-" for c in text)
+            arguments += [flag, str(value)]
+    return Cell(script, tuple(arguments), parse(SCRIPTS[script], "", arguments))

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
 from tools.sweep.cells import Cell
@@ -45,7 +44,7 @@ class Job:
 
     def __post_init__(self):
         self.look()
-        if self.state == "skipped" or not self.cell.settings["overwrite"]:
+        if self.state == "skipped" or not self.cell.cfg.overwrite:
             self.read_metrics()
 
     @property
@@ -58,12 +57,12 @@ class Job:
 
     @property
     def epochs(self):
-        return self.cell.settings["epochs"]
+        return max(1, self.cell.cfg.epochs)
 
     def look(self):
         """See from its folder whether it is finished, busy elsewhere, in the way of another run, or free to start."""
         try:
-            run = Run(self.cell.folder, self.cell.kind, self.cell.settings, self.cell.settings["overwrite"])
+            run = Run(self.cell.cfg, self.cell.arguments)
             finished = run.result is not None
         except ValueError as error:
             self.state, self.error = "failed", str(error)
@@ -147,7 +146,7 @@ def _start(jobs, runner, display):
             if job.state != before:
                 display(jobs, job)
     for job in chosen:
-        _make_room_for(job)
+        _begin_log(job)
     if chosen:
         runner.start([job.cell for job in chosen])
     for job in chosen:
@@ -155,19 +154,13 @@ def _start(jobs, runner, display):
         display(jobs, job)
 
 
-def _make_room_for(job):
-    """Log file and, for results paths of one grid, one cache of decoded images."""
+def _begin_log(job):
+    """Begin a log file."""
     cell = job.cell
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(cell.command)}\n")
         job.log_start = log.tell()
-    own, shared = Path(cell.settings["results_path"]), cell.base / "cache"
-    if own != cell.base and not (own / "cache").exists():
-        shared.mkdir(parents=True, exist_ok=True)
-        own.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # without links every results path has a cache of its own, which costs only room
-            (own / "cache").symlink_to(os.path.relpath(shared, own), target_is_directory=True)
 
 
 def _follow(job, runner, stopping):
@@ -197,7 +190,7 @@ def remaining_seconds(jobs, parallel):
     backbone and input VR, or else as all others on average.
     """
     def likeness(job):
-        return job.cell.script, *(job.cell.settings[key] for key in ("dataset", "backbone", "reprogramming"))
+        return job.cell.script, *(getattr(job.cell.cfg, key) for key in ("dataset", "backbone", "reprogramming"))
 
     paces, left = defaultdict(list), []
     for job in jobs:

@@ -64,7 +64,7 @@ class LocalRunner:
 
 def find_gpus(cells):
     """The GPUs to hand out: none where no cell would use one."""
-    if all(cell.settings["device"] == "cpu" for cell in cells) or not torch.cuda.is_available():
+    if all(cell.cfg.device == "cpu" for cell in cells) or not torch.cuda.is_available():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]

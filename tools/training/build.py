@@ -3,7 +3,7 @@
 Training starts here, and so does every tool that takes a finished run up again.
 """
 
-import time
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import torch
 from data import BatchLoader, Task, image_size, load_task
 from data.presets import clip_preset, padding_preset, watermarking_test_preset, watermarking_train_preset
 from data.text import build_prompts, read_templates
-from mapping import LabelMapping, build_mapping
-from models import Classifier, PaddingVR, WatermarkingVR, build_classifier, build_network
+from mapping import MAPPINGS, LabelMapping, build_mapping
+from models import REPROGRAMMING, SWITCHES, Classifier, InputVR, build_classifier, build_input_vr, build_network
 from models.clip import load_clip
 from tools.training import distributed
 
@@ -27,33 +27,33 @@ class System:
 
     task: Task  # a set that was not asked for is None
     classifier: Classifier
-    input_vr: torch.nn.Module
+    input_vr: InputVR
     network: torch.nn.Module
     mapping: LabelMapping
     presets: tuple  # of training and test images
     device: torch.device
-    waited: dict  # what was waited for while building, to seconds
+    content: dict  # what the run reads, by name: fingerprints and lists of names that tell it from something else
     zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
     def loaders(self, batch_size, seed):
-        """`data.BatchLoader` of the three steps: ``estimate``, ``train``, ``test``."""
+        """`data.BatchLoader` of each step: ``estimate``, ``train``, ``test`` and perhaps ``validation``."""
         train, test = self.presets
         common = {
             "device": self.device, "seed": seed, "rank": distributed.rank(), "world_size": distributed.world_size()
         }
+        sets = {"estimate": (self.task.train, train), "train": (self.task.train, train), "test": (self.task.test, test)}
+        if self.task.validation is not None:
+            sets["validation"] = self.task.validation, test
         return {
-            "estimate": BatchLoader(
-                self.task.train, train, batch_size, shuffle=False, purpose="estimate", **common
-            ),
-            "train": BatchLoader(self.task.train, train, batch_size, shuffle=True, purpose="train", **common),
-            "test": BatchLoader(self.task.test, test, batch_size, shuffle=False, purpose="test", **common),
+            step: BatchLoader(images, preset, batch_size, shuffle=step == "train", purpose=step, **common)
+            for step, (images, preset) in sets.items()
         }
 
-    def zero_shot_accuracy(self, batch_size):
+    def zero_shot_accuracy(self, batch_size, check_stop=lambda: None):
         """Accuracy of the CLIP without reprogramming; {"single", "ensemble"} to fractions of 1.
 
-        ``single`` asks with the first template alone, ``ensemble`` with the mean embedding of all of them. Every
-        process measures the whole test set: the sum is the same whatever their number.
+        ``single`` asks with the first template alone, ``ensemble`` with the mean embedding of all of them.
+        ``check_stop()`` is called before each batch and may raise.
         """
         clip = self.classifier
         loader = BatchLoader(
@@ -62,19 +62,19 @@ class System:
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
         correct = dict.fromkeys(("single", "ensemble"), 0)
         for images, labels, _ in loader.epoch(0):
+            check_stop()
             for kind, logits in clip.zero_shot_logits((images - mean) / std).items():
                 correct[kind] = correct[kind] + (logits.argmax(1) == labels).sum()
         return {kind: int(count) / loader.num_samples for kind, count in correct.items()}
 
 
-def assemble(settings, device, splits=SPLITS, class_names=None):
+def build_vision(settings, device, splits=SPLITS, class_names=None):
     """Build the parts of a run of a vision model.
 
     Parameters
     ----------
     settings : object
-        With the attributes of the scripts' settings as plain values (a config, or a namespace made from
-        ``config.json``).
+        With the scripts' settings as attributes: a config, or what `tools.training.finished` makes of ``config.json``.
     device : torch.device
     splits : collection of str
         Which of `SPLITS` to load; the task's other sets are None. Without any, no data set is needed.
@@ -84,53 +84,57 @@ def assemble(settings, device, splits=SPLITS, class_names=None):
     Raises
     ------
     ValueError, FileNotFoundError, OSError
-        For what the user can mend, each in one line. Nothing is written before backbone and input VR are in order.
+        For what the user can fix, each in one line. Nothing is written before backbone and input VR are in order.
     """
-    waited = _Laps()
     classifier = build_classifier(settings.backbone, settings.weights, settings.seed, settings.canvas_size)
-    waited.lap("backbone")
     size = settings.canvas_size or classifier.input_size
-    if settings.reprogramming == "padding":
-        input_vr, presets = _padding(settings, classifier, size)
+    kind = REPROGRAMMING[settings.reprogramming]
+    if kind.images == "placed":
+        presets = (padding_preset(image_size(settings.dataset)),) * 2
     else:
-        input_vr = WatermarkingVR(size, (size + 1) // 2, classifier.mean, classifier.std)
-        presets = watermarking_train_preset(size), watermarking_test_preset(size)
+        test = watermarking_test_preset(size)
+        presets = (watermarking_train_preset(size) if kind.augment else test), test
+    input_vr = _input_vr(settings, classifier, size, border=(size + 1) // 2)
     task = _load(settings, presets, splits, class_names)
-    waited.lap("data")
-    return _join(settings, device, classifier, input_vr, presets, task, waited)
+    return _join(settings, device, classifier, input_vr, presets, task)
 
 
-def assemble_clip(settings, device, splits=SPLITS, class_names=None):
-    """Build the parts of a run of a vision-language model; as `assemble`."""
+def build_clip(settings, device, splits=SPLITS, class_names=None):
+    """Build the parts of a run of a vision-language model; as `build_vision`."""
     cache_path = Path(settings.results_path) / "cache"
     templates = None if settings.templates is None else read_templates(settings.templates)
-    waited = _Laps()
     clip = load_clip(settings.backbone, settings.weights, settings.seed)
-    waited.lap("backbone")
     size = clip.input_size
     if settings.canvas_size not in (None, size):
         raise ValueError(f"{settings.backbone} takes images of {size}x{size}, got --canvas-size {settings.canvas_size}")
     own = clip_preset(size, clip.resize_mode, clip.interpolation)
-    if settings.reprogramming == "padding":
-        input_vr, presets = _padding(settings, clip, size)
-    else:
-        input_vr, presets = WatermarkingVR(size, CLIP_BORDER, clip.mean, clip.std), (own, own)
+    placed = REPROGRAMMING[settings.reprogramming].images == "placed"
+    presets = (padding_preset(image_size(settings.dataset)) if placed else own,) * 2
+    input_vr = _input_vr(settings, clip, size, border=CLIP_BORDER)
     task = _load(settings, presets, splits, class_names)
-    waited.lap("data")
     with distributed.main_process_first():
         classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
-    waited.lap("texts")
-    system = _join(settings, device, classifier, input_vr, presets, task, waited)
+    system = _join(settings, device, classifier, input_vr, presets, task)
+    system.content["prompt templates"] = list(classifier.prompts.templates)
     if task.test is not None:
         unchanged = task.test if presets[1] == own else _load(settings, (None, own), ("test",)).test
         system.zero_shot = unchanged, own
     return system
 
 
-def _padding(settings, classifier, canvas_size):
-    size = image_size(settings.dataset)
-    input_vr = PaddingVR(canvas_size, size, classifier.mean, classifier.std)
-    return input_vr, (padding_preset(size),) * 2
+BUILDERS = {"vm": build_vision, "vm_fast": build_vision, "vlm": build_clip}
+
+
+def own_settings(entry, settings):
+    """The settings that an entry of a registry declares, by name."""
+    return {setting.name: getattr(settings, setting.name, setting.default) for setting in entry.settings}
+
+
+def _input_vr(settings, classifier, canvas_size, border):
+    return build_input_vr(
+        settings.reprogramming, canvas_size=canvas_size, image_size=image_size(settings.dataset), border=border,
+        mean=classifier.mean, std=classifier.std, **own_settings(REPROGRAMMING[settings.reprogramming], settings),
+    )
 
 
 def _load(settings, presets, splits, class_names=None):
@@ -139,8 +143,9 @@ def _load(settings, presets, splits, class_names=None):
     presets = [preset if split in splits else None for split, preset in zip(SPLITS, presets, strict=True)]
     with distributed.main_process_first():
         task = load_task(
-            settings.dataset, settings.data_path, *presets, cache_path=Path(settings.results_path) / "cache",
-            workers=settings.workers, train_fraction=settings.train_fraction, seed=settings.seed,
+            settings.dataset, settings.data_path or None, *presets, cache_path=Path(settings.results_path) / "cache",
+            workers=settings.workers, train_fraction=settings.train_fraction, shots=settings.shots,
+            validation_fraction=settings.validation_fraction, seed=settings.seed,
         )
     if class_names not in (None, task.class_names):
         raise ValueError(
@@ -157,27 +162,25 @@ def _difference(task, class_names):
     return f"{now!r} instead of {then!r}"
 
 
-def _join(settings, device, classifier, input_vr, presets, task, waited):
+def _join(settings, device, classifier, input_vr, presets, task):
     """Build mapping and network around the given parts and put everything on ``device``."""
     mapping = build_mapping(
-        settings.mapping, classifier.num_source, task.num_target, laplace=settings.laplace,
-        topk_ratio=settings.topk_ratio, seed=settings.seed, bayes=settings.bayes, topk=settings.topk,
-        linear_variant=settings.linear_variant,
+        settings.mapping, classifier.num_source, task.num_target, seed=settings.seed,
+        **own_settings(MAPPINGS[settings.mapping], settings),
     ).to(device)
     classifier, input_vr = classifier.to(device), input_vr.to(device)
-    switches = [] if settings.engine == "plain" else settings.engine.split(",")
-    network = build_network(classifier, input_vr, switches=switches)
-    waited.lap("network")
-    return System(task, classifier, input_vr, network, mapping, presets, device, waited)
+    parts = {"auto": list(SWITCHES), "plain": []}
+    network = build_network(
+        classifier, input_vr, switches=parts.get(settings.engine, settings.engine.split(","))
+    )
+    content = {"class names": task.class_names}
+    for split, fingerprint in task.fingerprint.items():
+        content[f"{split} images"] = fingerprint[:16]
+    if settings.weights is not None and Path(settings.weights).is_file():
+        content["weights"] = _digest(settings.weights)
+    return System(task, classifier, input_vr, network, mapping, presets, device, content)
 
 
-class _Laps(dict):
-    """Seconds since the lap before, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self._last = time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self[name], self._last = now - self._last, now
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from tools.console import MainProcessFailed
+
 
 def rank():
     """This process's number, 0 without ``torchrun``."""
@@ -39,17 +41,6 @@ def process_group(device):
         yield
     finally:
         dist.destroy_process_group()
-
-
-def local_device(device):
-    """The GPU of this process on its machine where ``device`` is a bare ``cuda``."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
-
-
-class MainProcessFailed(ValueError):
-    """Process 0 could not do what the others waited for; it says why itself."""
 
 
 @contextmanager

@@ -3,19 +3,17 @@
 Every tool that does something with a trained run starts here.
 """
 
+import warnings
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from data.files import read_json
-from tools.console import torch_device
-from tools.training.build import SPLITS, System, assemble, assemble_clip
-from tools.training.run_folder import checkpoint_path, load_checkpoint, run_folder
-from tools.training.trainer import pretrained_logits, set_up_arithmetic
-
-_ASSEMBLE = {"vm": assemble, "vm_fast": assemble, "vlm": assemble_clip}
+from tools.training.build import BUILDERS, SPLITS, System
+from tools.training.numerics import choose_device, choose_precision, pretrained_logits, set_up_arithmetic
+from tools.training.plugins import HELP, require_plugin
+from tools.training.run_folder import checkpoint_path, load_checkpoint, read_config
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,16 @@ class FinishedRun:
     folder : Path
     kind : str
         ``vm``, ``vlm`` or ``vm_fast``.
-    settings : SimpleNamespace
-        Of ``config.json``; paths, device and precision are those of here and now.
+    settings : namedtuple
+        Of ``config.json``; paths and device are those of here and now.
     checkpoint : dict
-        Of ``last.pt`` or ``best.pt``, with ``program, mapping, metrics, class_names, source_names``.
+        Of the last or best epoch, with ``program, mapping, metrics, class_names, source_names``.
     system : tools.training.build.System
     """
 
     folder: Path
     kind: str
-    settings: SimpleNamespace
+    settings: tuple
     checkpoint: dict
     system: System
 
@@ -72,11 +70,11 @@ class FinishedRun:
         system = self.system
         with system.network.accumulate():
             for images in batches:
-                source = pretrained_logits(system.network, images.to(system.device), self.settings.precision)
+                source = pretrained_logits(system.network, images.to(system.device))
                 yield source, system.mapping(source)
 
 
-def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, checkpoint="last"):
+def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, checkpoint="last", plugin=None):
     """Take up a run from its folder.
 
     Parameters
@@ -92,6 +90,8 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     splits : collection of str
         Which of ``train`` and ``test`` to load into ``system.task``; without any, no data set is needed.
     checkpoint : {"last", "best"}
+    plugin : str or Path, optional
+        The Python file with a mapping, input VR, backbone or data set of the user's own that the run was trained with.
 
     Returns
     -------
@@ -104,7 +104,8 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
         data set or prompt templates have gone or are not those of the run.
     """
     folder = Path(folder)
-    kind, settings = _read_config(folder)
+    kind, saved, content = _read_settings(folder)
+    require_plugin(saved["plugin"], plugin, folder)
     path = checkpoint_path(folder, checkpoint)
     if not path.is_file():
         raise FileNotFoundError(
@@ -112,44 +113,64 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
             "with the same training command"
         )
     state = load_checkpoint(path)
-    missing = sorted(state["settings"].keys() - vars(settings).keys())
+    missing = sorted(state["settings"].keys() - saved.keys())
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks the setting {missing[0]!r} of {path.name}; restore that file")
-    settings.device, device = str(device), torch_device(str(device))
-    settings.results_path = _results_path(folder, kind, settings)
+    target = choose_device(str(device))
+    now = {"device": str(device), "results_path": _results_path(folder, kind),
+           "weights": _find_weights(folder, saved["weights"], weights)}
     if data_path is not None:
-        settings.data_path = str(data_path)
-    settings.weights = _find_weights(folder, settings.weights, weights)
-    if device.type == "cpu" and settings.precision in ("tf32", "fp16"):  # which need a GPU
-        settings.precision = "fp32"
-    set_up_arithmetic(device, settings.precision, settings.deterministic)
-    system = _ASSEMBLE[kind](settings, device, splits, state["class_names"])
+        now["data_path"] = str(data_path)
+    settings = _frozen(saved | now, folder)
+    precision = settings.precision if target.type == "cuda" else "auto"  # tf32 also rounds what is tested
+    set_up_arithmetic(target, choose_precision(precision, target), settings.deterministic)
+    system = BUILDERS[kind](settings, target, splits, state["class_names"])
     if kind == "vlm" and system.classifier.source_names != state["source_names"]:
         raise ValueError(f"{folder} was trained with other prompts than {settings.templates} makes; restore that file")
+    _compare(folder, content, system.content)
     _load_state(folder, path, system, state)
     return FinishedRun(folder, kind, settings, state, system)
 
 
-def _read_config(folder):
+def _read_settings(folder):
     path = folder / "config.json"
     if not path.is_file():
         what = "holds no run" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(
-            f"{folder} {what}: give the folder that a training script made (with config.json and last.pt), "
-            "<results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
+            f"{folder} {what}: give the folder that a training script made (with config.json and "
+            f"{checkpoint_path('').name}), <results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
         )
-    config = read_json(path)
-    config = config if isinstance(config, dict) else {}
-    if config.get("kind") not in _ASSEMBLE or not isinstance(config.get("settings"), dict):
-        raise ValueError(f"{path} is no config.json of a training run; give the folder that a training script made")
-    return config["kind"], SimpleNamespace(**config["settings"])
+    config = read_config(path)
+    if config["kind"] not in BUILDERS:
+        raise ValueError(f"{path} is of an unknown kind of run, {config['kind']!r}; known are {', '.join(BUILDERS)}")
+    needed = ("plugin", "weights", "precision", "deterministic")
+    lacking = [name for name in needed if name not in config["settings"]]
+    if lacking:
+        raise ValueError(f"{path} lacks the setting {lacking[0]!r}; restore that file")
+    return config["kind"], config["settings"], config["content"]
 
 
-def _results_path(folder, kind, settings):
+def _compare(folder, then, now):
+    """Refuse other weights than those of the run; only warn of other images, which a user may want to try."""
+    for name, value in now.items():
+        if then.get(name) != value and name == "weights":
+            raise ValueError(f"{folder} was trained with another weights file; pass the one of that time by --weights")
+        if then.get(name) not in (None, value) and name.endswith("images"):
+            warnings.warn(f"these are not the {name} that {folder} was trained with", stacklevel=3)
+
+
+def _frozen(settings, folder):
+    """The settings with their names as attributes that nobody can set."""
+    try:
+        return namedtuple("Settings", settings)(**settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} holds something other than settings ({error})") from error
+
+
+def _results_path(folder, kind):
     """Where the run's caches are; the folder itself for a run that was taken out of its results path."""
     folder = folder.resolve()
-    results = folder.parents[min(2, len(folder.parents) - 1)]
-    return results if run_folder(results, kind, vars(settings)) == folder else folder
+    return folder.parents[2] if len(folder.parents) > 2 and folder.parents[1].name == kind else folder
 
 
 def _find_weights(folder, then, now):
@@ -173,9 +194,9 @@ def _load_state(folder, path, system, state):
 
 
 def add_run_arguments(parser, data=True, device=True):
-    """Add what tools that take up one run share: RUN, ``--checkpoint``, ``--weights``; and ``--device`` and
-    ``--data-path``, unless they always run on the CPU or need no data set."""
-    parser.add_argument("run", metavar="RUN", help="folder of a training run, with config.json and last.pt")
+    """Add what tools that take up one run share: RUN, ``--checkpoint``, ``--weights``, ``--plugin``; and ``--device``
+    and ``--data-path``, unless they always run on the CPU or need no data set."""
+    parser.add_argument("run", metavar="RUN", help="folder of a training run, with config.json and its checkpoints")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
                         help="state after the last epoch, or after the best on the test set (default: last)")
     if device:
@@ -184,3 +205,4 @@ def add_run_arguments(parser, data=True, device=True):
     parser.add_argument("--weights", metavar="FILE", help="the backbone's weights, where they are elsewhere by now")
     if data:
         parser.add_argument("--data-path", metavar="FOLDER", help="the data sets, where they are elsewhere by now")
+    parser.add_argument("--plugin", metavar="FILE", help=HELP)

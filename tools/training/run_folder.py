@@ -1,53 +1,37 @@
 """The run folder: settings, metrics, checkpoints and result of one training run, safe against being cut off.
 
-A folder holds ``config.json`` (every setting, library versions, git commit), ``metrics.jsonl`` (a line an epoch),
-``last.pt`` and the checkpoint before it (``previous.pt``), ``best.pt``, and ``result.json`` once the run is finished.
-Checkpoints carry the metrics of all epochs so far, so that the other files can always be made again from them.
+A folder holds ``config.json`` (every setting, and a list of starts), ``metrics.jsonl`` (a line per epoch),
+``last.safetensors`` and the checkpoint before it (``previous.safetensors``), ``best.safetensors``, ``log.txt`` (what
+was printed), and ``result.json`` once the run is finished. Checkpoints carry the metrics of all epochs so far, so that
+the other files can always be made again from them.
 """
 
 import fcntl
+import fnmatch
 import json
 import math
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from data.files import read_json, sync_folder, write_json, write_text
-from models.checkpoint_file import read_checkpoint
+from tools.training.checkpoint import read_checkpoint, write_checkpoint
 
-# settings that may differ between a run and its continuation: they change where and how, not what
-FREE_SETTINGS = frozenset(
-    ("data_path", "results_path", "device", "workers", "overwrite", "tensorboard", "on_nonfinite")
-)
+FORMAT = 2  # of config.json and the checkpoints; 1 had .pt files
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
-
-
-def run_folder(results_path, kind, settings):
-    """``<results-path>/<kind>/<dataset>/<backbone>_<reprogramming>_<mapping>_seed<seed>``, a Path.
-
-    Parameters
-    ----------
-    results_path : str or Path
-    kind : str
-        ``vm``, ``vlm`` or ``vm_fast``.
-    settings : dict
-        With ``dataset, backbone, reprogramming, mapping, seed``.
-    """
-    kept = {key: _as_file_name(settings[key]) for key in ("dataset", "backbone", "reprogramming", "mapping")}
-    leaf = "{backbone}_{reprogramming}_{mapping}_seed{seed}".format(**kept, seed=settings["seed"])
-    return Path(results_path) / kind / kept["dataset"] / leaf
-
-
-def _as_file_name(text):
-    if text.startswith("folder:"):
-        text = "folder-" + Path(text.removeprefix("folder:")).resolve().name
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+# what a run and the tools write into its folder, and --overwrite removes
+_OURS = (
+    ".lock", ".*.tmp", "config.json", "metrics.jsonl", "log.txt", "result.json", "*.safetensors", "evaluation*.json",
+    "confusion*.csv", "figures", "model.onnx*", "model.pt2", "events.out.tfevents.*",
+)
 
 
 def check_writable(path, flag="--results-path"):
@@ -73,47 +57,85 @@ class Run:
 
     Parameters
     ----------
-    folder : Path
-    kind : str
-        ``vm``, ``vlm`` or ``vm_fast``.
-    settings : dict
-        Every setting, in plain JSON values.
-    overwrite : bool
-        Start anew where the folder holds a run already.
+    cfg : cfg.Config
+        Its settings, and which of them affect the result.
+    command : list of str, optional
+        What was typed. With ``--overwrite`` a run starts from scratch where the folder holds one already, unless that
+        is an unfinished run which the very same command began: that one goes on.
 
     Raises
     ------
     ValueError
-        Where the folder holds a run with other settings (which are listed), or another process is at work in it.
+        The folder holds a run with other settings (which are listed), or what is no run.
     """
 
-    def __init__(self, folder, kind, settings, overwrite=False):
-        self.folder, self.kind, self.settings, self.overwrite = Path(folder), kind, settings, overwrite
+    def __init__(self, cfg, command=()):
+        self.cfg, self.folder, self.command = cfg, cfg.folder, list(command)
         self.metrics = []
         self._lock = None
-        if not overwrite:
-            self._refuse_other_config()
+        self._log_lines = []
+        config = self._read_config()
+        begun = config["starts"][0].get("command") if config else None
+        went_on = begun == self.command and not (self.folder / "result.json").exists()
+        self.overwrite = cfg.overwrite and not (config and went_on)
+        if not self.overwrite:
+            self._refuse_other_settings(config)
 
-    def _refuse_other_config(self):
+    def _read_config(self):
+        """What ``config.json`` holds; None without one, or where it is to be overwritten anyway."""
         path = self.folder / "config.json"
-        if path.exists():
-            config = read_json(path)
-            if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-                raise ValueError(f"{path} holds no settings; take another --results-path, or --overwrite to start anew")
-            self._refuse_other_settings(config["settings"])
+        if not path.exists():
+            return None
+        try:
+            return read_config(path)
+        except ValueError as error:
+            if self.cfg.overwrite:
+                return None
+            raise ValueError(f"{error}; take another --results-path, or --overwrite to start from scratch") from error
 
-    def _refuse_other_settings(self, earlier):
-        fields = sorted((earlier.keys() | self.settings.keys()) - FREE_SETTINGS)
+    def _refuse_other_settings(self, config):
+        if config is None:
+            return
+        now = self.cfg.that_affect("result")
         different = [
-            f"{field} was {earlier.get(field)!r} and is {self.settings.get(field)!r}"
-            for field in fields
-            if earlier.get(field) != self.settings.get(field)
+            f"{name} was {config['settings'].get(name)!r} and is {value!r}"
+            for name, value in sorted(now.items())
+            if config["settings"].get(name) != value and name != "dataset"  # whose images are compared instead
         ]
         if different:
             raise ValueError(
                 f"{self.folder} holds a run with other settings ({'; '.join(different)}); "
-                "take another --results-path, or --overwrite to start anew"
+                "take another --results-path, or --overwrite to start from scratch"
             )
+
+    def other_rounding(self):
+        """What rounds otherwise than when the run was begun, as in "engine was 'auto' and is 'plain'"; a list."""
+        config = None if self.overwrite else self._read_config()
+        now = {} if config is None else self.cfg.that_affect("rounding")
+        return [f"{name} was {config['settings'].get(name)!r} and is {value!r}"
+                for name, value in now.items() if config["settings"].get(name) != value]
+
+    def refuse_other_content(self, content):
+        """Check that the run was trained on what is there now.
+
+        Parameters
+        ----------
+        content : dict
+            Names of what a run reads to fingerprints, lists of names, …; as `open` is given it.
+
+        Raises
+        ------
+        ValueError
+            Something differs; the message says what.
+        """
+        config = None if self.overwrite else self._read_config()
+        for name, now in content.items():
+            then = config and config["content"].get(name)
+            if config and then != now:
+                raise ValueError(
+                    f"{self.folder} holds a run with other {name}{_difference(then, now)}; give those of that time, "
+                    "take another --results-path, or --overwrite to start from scratch"
+                )
 
     @property
     def result(self):
@@ -132,16 +154,23 @@ class Run:
             if not isinstance(result, dict) or not _is_accuracy(result.get("final_accuracy")):
                 raise ValueError(f"{path} holds no result")
         except ValueError as error:
-            raise ValueError(f"{error}; delete it, and the same command writes it anew from the checkpoint") from error
+            raise ValueError(f"{error}; delete it, and the same command writes it again from the checkpoint") from error
         return result
 
-    def open(self):
-        """Take hold of the folder and write ``config.json``; returns the checkpoint to go on from, or None.
+    def open(self, content, device="cpu"):
+        """Take hold of the folder and note this start; returns the checkpoint to go on from, or None.
+
+        Parameters
+        ----------
+        content : dict
+            As in `refuse_other_content`.
+        device : str
+            What this start computes on.
 
         Raises
         ------
         ValueError
-            Where another process holds the folder, or what it holds is of other settings or beyond reading.
+            Another process holds the folder, or what it holds is of other settings or content or beyond reading.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -154,18 +183,38 @@ class Run:
         for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
             leftover.unlink()
         if self.overwrite:
-            for name in ("result.json", "last.pt", "previous.pt", "best.pt", "metrics.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
-        else:
-            self._refuse_other_config()  # again: another process may have begun and ended since
+            self._empty()
+        config = self._read_config()
+        self._refuse_other_settings(config)  # again: another process may have begun and ended since
+        self.refuse_other_content(content)
         checkpoint = self._load_newest()
-        if checkpoint is None or not (self.folder / "config.json").exists():
-            write_json(self.folder / "config.json", {
-                "kind": self.kind, "settings": self.settings, "versions": _versions(), "git_commit": _git_commit(),
-            })
+        starts = config["starts"] if config and checkpoint else []
+        write_json(self.folder / "config.json", {
+            "format": FORMAT, "kind": self.cfg.kind, "settings": self.cfg.settings, "distinct": self.cfg.distinct,
+            "content": content, "starts": [*starts, _start(self.command, device)],
+        })
         self.metrics = checkpoint["metrics"] if checkpoint else []
         self._write_metrics()
+        self._write_log()
         return checkpoint
+
+    def _empty(self):
+        """Remove what a run and the tools wrote.
+
+        Raises
+        ------
+        ValueError
+            Something else is in the folder; nothing is removed then.
+        """
+        entries = list(self.folder.iterdir())
+        foreign = [path.name for path in entries if not any(fnmatch.fnmatch(path.name, ours) for ours in _OURS)]
+        if foreign:
+            raise ValueError(
+                f"--overwrite: {self.folder} also holds {', '.join(sorted(foreign)[:3])}, which no run wrote; move it"
+            )
+        for path in sorted(entries, key=lambda path: path.name != "result.json"):  # from then on it is unfinished
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def close(self):
         """Let go of the folder."""
@@ -173,8 +222,19 @@ class Run:
             self._lock.close()
             self._lock = None
 
+    def log(self, line):
+        """Add a line to ``log.txt``; those from before `open` wait for it."""
+        self._log_lines.append(line)
+        if self._lock is not None:
+            self._write_log()
+
+    def _write_log(self):
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+            log.writelines(f"{line}\n" for line in self._log_lines)
+        self._log_lines = []
+
     def _load_newest(self):
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        last, previous = (checkpoint_path(self.folder, name) for name in ("last", "previous"))
         errors = []
         for path in (last, previous):
             if not path.exists():
@@ -184,13 +244,13 @@ class Run:
             except ValueError as error:
                 errors.append(str(error))
                 continue
-            self._refuse_other_settings(checkpoint["settings"])
+            self._refuse_other_settings(checkpoint)
             if errors:
                 print(f"warning: {errors[0]}; going back to the checkpoint before it", file=sys.stderr)
-                os.replace(last, self.folder / "damaged.pt")  # or the next save would make it the one before
+                os.replace(last, checkpoint_path(self.folder, "damaged"))  # or the next save would keep it as previous
             return checkpoint
         if errors:
-            raise ValueError(f"{'; '.join(errors)}; --overwrite starts anew")
+            raise ValueError(f"{'; '.join(errors)}; --overwrite starts from scratch")
         return None
 
     def save_epoch(self, metrics, state):
@@ -199,18 +259,18 @@ class Run:
         Parameters
         ----------
         metrics : dict
-            One epoch's line; its ``test_accuracy`` decides about ``best.pt`` (the first of equals stays).
+            One epoch's line; see `score` for what decides about the best checkpoint (the first of equals stays).
         state : dict
             Tensors and plain values that `open` gives back after a restart.
         """
-        best_before = max((line["test_accuracy"] for line in self.metrics), default=-math.inf)
+        best_before = max(map(score, self.metrics), default=-math.inf)
         lines = [*self.metrics, metrics]
-        checkpoint = {"kind": self.kind, "settings": self.settings, "metrics": lines, **state}
-        temporary = self.folder / ".last.pt.tmp"
-        _save_durably(checkpoint, temporary)
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if metrics["test_accuracy"] > best_before:
-            _link_over(temporary, self.folder / "best.pt")
+        checkpoint = {"kind": self.cfg.kind, "settings": self.cfg.settings, "metrics": lines, **state}
+        last, previous, best = (checkpoint_path(self.folder, name) for name in ("last", "previous", "best"))
+        temporary = last.with_name(f".{last.name}.tmp")
+        write_checkpoint(temporary, checkpoint)
+        if score(metrics) > best_before:
+            _link_over(temporary, best)
         if last.exists():
             _link_over(last, previous)
         os.replace(temporary, last)
@@ -250,19 +310,53 @@ def summarise(settings, metrics):
 
     Returns
     -------
-    dict; accuracies are fractions of 1, ``best_accuracy`` is best-on-test (the papers' habit), at the first such epoch.
+    dict; accuracies are fractions of 1, of the test set. ``best_accuracy`` is that of the first epoch which is best on
+    the test set, the papers' habit, or, where ``best_on`` says so, on the images held out for validation.
     """
-    accuracies = [line["test_accuracy"] for line in metrics]
-    best = max(accuracies)
+    scores = [score(line) for line in metrics]
+    best = scores.index(max(scores))
     kept = ("dataset", "backbone", "reprogramming", "mapping", "seed", "epochs")
-    return {key: settings[key] for key in kept} | {
-        "final_accuracy": accuracies[-1], "best_accuracy": best, "best_epoch": accuracies.index(best),
+    result = {key: settings[key] for key in kept} | {
+        "final_accuracy": metrics[-1]["test_accuracy"], "best_accuracy": metrics[best]["test_accuracy"],
+        "best_epoch": best,
     }
+    return result | ({"best_on": "validation"} if "validation_accuracy" in metrics[best] else {})
+
+
+def score(line):
+    """What epochs are compared by: accuracy on the images held out for validation, or else on the test set."""
+    return line.get("validation_accuracy", line["test_accuracy"])
+
+
+def read_config(path):
+    """What a run's ``config.json`` holds: ``format, kind, settings, distinct, content, starts``.
+
+    Raises
+    ------
+    ValueError
+        Where that is none, or one of another version of this project.
+    """
+    config = read_json(path)
+    config = config if isinstance(config, dict) else {}
+    number = config.get("format", 1 if isinstance(config.get("settings"), dict) else None)
+    if number != FORMAT and isinstance(number, int):
+        version = "an older" if number < FORMAT else "a newer"
+        raise ValueError(f"{path} is of {version} version of this project (format {number}, expected {FORMAT})")
+    whole = (
+        isinstance(config.get("kind"), str)
+        and all(isinstance(config.get(key), dict) for key in ("settings", "distinct", "content"))
+        and isinstance(config.get("starts"), list)
+        and config["starts"]
+        and all(isinstance(start, dict) for start in config["starts"])
+    )
+    if not whole:
+        raise ValueError(f"{path} is no config.json of a training run")
+    return config
 
 
 def checkpoint_path(folder, name="last"):
     """The file of a run's checkpoint: ``last``, ``previous`` or ``best``."""
-    return Path(folder) / f"{name}.pt"
+    return Path(folder) / f"{name}.safetensors"
 
 
 def load_checkpoint(path):
@@ -273,7 +367,7 @@ def load_checkpoint(path):
     ValueError
         Where the file is damaged or no checkpoint of this project.
     """
-    checkpoint = read_checkpoint(path, archive_only=True)
+    checkpoint = read_checkpoint(path)
     if not _is_checkpoint(checkpoint):
         raise ValueError(f"{path} is damaged or no checkpoint of this project")
     return checkpoint
@@ -283,10 +377,6 @@ def _is_checkpoint(value):
     if not isinstance(value, dict) or not isinstance(value.get("metrics"), list):
         return False
     lines = value["metrics"]
-    try:
-        json.dumps([lines, value.get("settings")])
-    except (TypeError, ValueError, RecursionError):
-        return False
     return bool(
         isinstance(value.get("settings"), dict) and isinstance(value.get("mapping"), dict)
         and isinstance(value.get("program"), torch.Tensor) and isinstance(value.get("kind"), str)
@@ -300,31 +390,14 @@ def _is_accuracy(value):
     return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
-def _save_durably(value, path):
-    try:
-        with open(path, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        path.unlink(missing_ok=True)
-        size = sum(t.numel() * t.element_size() for t in _tensors(value))
-        free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
-        raise OSError(
-            f"could not save a checkpoint in {path.parent}: it needs about {size / 2**20 + 1:.0f} MiB and "
-            f"{free / 2**20:.0f} MiB are free; the checkpoint before it is untouched ({error})"
-        ) from error
-
-
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+def _difference(then, now):
+    """The first difference of two values, as far as it can be told in a few words."""
+    if not isinstance(then, list) or not isinstance(now, list):
+        return "" if isinstance(now, (dict, str)) else f" ({then!r}, now {now!r})"
+    if len(then) != len(now):
+        return f" ({len(then)}, now {len(now)})"
+    first = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
+    return f" ({first[0]!r}, now {first[1]!r})"
 
 
 def _link_over(source, target):
@@ -337,19 +410,26 @@ def _link_over(source, target):
     os.replace(temporary, target)
 
 
-def _versions():
-    found = {"python": platform.python_version()}
+def _start(command, device):
+    """What ``config.json`` notes of one start of a run."""
+    versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
             pass
-    return found
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command, "versions": versions,
+        "git_commit": _git_commit(), "host": socket.gethostname(), "device": device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _git_commit():
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of this code, with ``-dirty`` where it was changed since; None where it is no git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty",
+               "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # not every copy is a git checkout
+        return None

@@ -1,19 +1,23 @@
 """One training run from command line to result: what the three scripts share around their loop."""
 
+import platform
 import signal
 import sys
+import threading
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
 from data import UnreadableImage
-from tools.console import one_line_warnings, process_age, user_errors
+from tools.console import one_line_warnings, user_errors
 from tools.training import distributed
-from tools.training.run_folder import Run, check_writable, run_folder, summarise
-from tools.training.trainer import Interrupted, NonFiniteError, Trainer, set_up_arithmetic
+from tools.training.numerics import choose_device, choose_precision, set_up_arithmetic
+from tools.training.run_folder import Run, check_writable, checkpoint_path, summarise
+from tools.training.trainer import Interrupted, NonFiniteError, Trainer
 
-_AGE_ONCE_IMPORTED = process_age()  # here, as a process may train more than once
 _HISTORY_LABELS = 10  # pretrained labels of each downstream label that a checkpoint remembers of every epoch
 
 
@@ -22,23 +26,25 @@ class Session:
 
     Parameters
     ----------
-    cfg : Config
+    cfg : cfg.Config
         Settings of a script.
-    assemble : callable
-        ``assemble(cfg, device) -> tools.training.build.System``.
+    build : callable
+        ``build(cfg, device) -> tools.training.build.System``.
     optimizer : callable
         ``optimizer([program]) -> torch.optim.Optimizer``.
     schedule : str
         See `tools.training.trainer.learning_rate`.
+    command : list of str, optional
+        What was typed, for ``config.json``.
     """
 
-    def __init__(self, cfg, assemble, optimizer, schedule):
-        self.cfg, self._assemble, self._optimizer, self._schedule = cfg, assemble, optimizer, schedule
+    def __init__(self, cfg, build, optimizer, schedule, command=None):
+        self.cfg, self._build, self._optimizer, self._schedule = cfg, build, optimizer, schedule
+        self._command = sys.argv[1:] if command is None else command
         self.extra_results = {}
 
     def __enter__(self):
         self._stack = ExitStack()
-        self._stack.enter_context(one_line_warnings())
         try:
             self._set_up()
         except BaseException:
@@ -48,87 +54,110 @@ class Session:
 
     def _set_up(self):
         cfg, start = self.cfg, time.perf_counter()
-        device = distributed.local_device(cfg.torch_device)
         with user_errors():
+            device = choose_device(cfg.device)
+            precision = choose_precision(cfg.precision, device)
             self._stack.enter_context(distributed.process_group(device))
-        self.main = distributed.rank() == 0
-        set_up_arithmetic(device, cfg.precision, cfg.deterministic)
-        with user_errors():
-            folder = run_folder(cfg.results_path, cfg.kind, cfg.settings)
-            check_writable(folder)
-            self.run = Run(folder, cfg.kind, cfg.settings, cfg.overwrite)
-            result = distributed.by_main_process(lambda: self.run.result)
-            if result is not None:
-                self.log(f"{folder} is finished: {result['final_accuracy']:.2%} final accuracy; "
-                         "--overwrite starts anew")
-                sys.exit(0)
-            system = self._assemble(cfg, device)
-            loaders = system.loaders(cfg.batch_size, cfg.seed)
-            self.log(f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
-                     f"{len(system.task.test.labels)} test images, {system.task.num_target} classes; "
-                     f"{loaders['train'].description}")
-            self.log(f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {device}, "
-                     f"{cfg.precision}; {system.network.description}")
-        self.system, self.task, self.mapping = system, system.task, system.mapping
-        self.iterative = cfg.iteration and system.mapping.iterative
+            self.main = distributed.rank() == 0
+            set_up_arithmetic(device, precision, cfg.deterministic)
+            check_writable(cfg.folder)
+            self.run = Run(cfg, self._command)
+            self._stack.enter_context(one_line_warnings(self._warn))
+            self.system = system = self._build(cfg, device)
+            self.task, self.mapping = system.task, system.mapping
+            self._leave_a_finished_run(system)
+        loaders = system.loaders(cfg.batch_size, cfg.seed)
+        self.log(f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
+                 f"{len(system.task.test.labels)} test images, {system.task.num_target} classes; "
+                 f"{loaders['train'].description}")
+        self.log(f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
+                 f"{torch.get_num_threads()} threads, {precision}; {system.network.description}")
+        should_stop = self._stack.enter_context(_stop_signals())
         self.trainer = Trainer(
             system.network, system.input_vr.program, system.mapping, loaders,
-            self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, cfg.precision, cfg.on_nonfinite,
+            self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, precision, cfg.on_nonfinite,
+            should_stop,
         )
-        self._previous_weights, self._history = None, []
+        self._previous_weights, self._history, self.first_epoch = None, [], 0
         self._stack.callback(self.run.close)
-        self.first_epoch = 0
         with user_errors():
-            checkpoint = distributed.by_main_process(self.run.open)
+            checkpoint = distributed.by_main_process(lambda: self.run.open(system.content, _model_of(device)))
             if checkpoint is not None:
                 self.trainer.load_state_dict(checkpoint)
-            self._tensorboard = _open_tensorboard(folder) if cfg.tensorboard and self.main else None
+            self._tensorboard = _open_tensorboard(cfg.folder) if cfg.tensorboard and self.main else None
         if checkpoint is not None:
-            self.run.metrics = checkpoint["metrics"]
-            self.first_epoch = len(checkpoint["metrics"])
-            self._history = checkpoint.get("history", [])
-            self._previous_weights = self._weights()
-            self.log(f"going on after epoch {self.first_epoch - 1} of {folder}")
-        waited = ({} if _AGE_ONCE_IMPORTED is None else {"imports": _AGE_ONCE_IMPORTED}) | system.waited
-        ready = waited.get("imports", 0) + time.perf_counter() - start
-        self.log(f"run folder: {folder}; ready after {ready:.1f} s ("
-                 + ", ".join(f"{what} {seconds:.1f}" for what, seconds in waited.items()) + ")")
-        self._stack.enter_context(_signals_to(self.trainer))
+            self._go_on_from(checkpoint)
+        self.log(f"run folder: {cfg.folder}; ready after {time.perf_counter() - start:.1f} s")
+
+    def _leave_a_finished_run(self, system):
+        result = distributed.by_main_process(lambda: self.run.result)
+        if result is None:
+            return
+        distributed.by_main_process(lambda: self.run.refuse_other_content(system.content))
+        rounding = "; ".join(self.run.other_rounding())
+        note = f" ({rounding})" if rounding else ""
+        self.log(f"{self.cfg.folder} is finished{note}: {result['final_accuracy']:.2%} final accuracy; "
+                 "--overwrite starts from scratch")
+        sys.exit(0)
+
+    def _go_on_from(self, checkpoint):
+        self.run.metrics = checkpoint["metrics"]
+        self.first_epoch = len(checkpoint["metrics"])
+        self._history = checkpoint.get("history", [])
+        self._previous_weights = self._weights()
+        if "zero_shot" in checkpoint:
+            self.extra_results["zero_shot"] = checkpoint["zero_shot"]
+        self.log(f"going on after epoch {self.first_epoch} of {self.cfg.folder}")
+        for difference in self.run.other_rounding():
+            warnings.warn(f"{difference}: from here on the run rounds otherwise than it began", stacklevel=2)
 
     def log(self, text):
-        """Print a line, once whatever the number of processes."""
+        """Print a line and keep it in ``log.txt``, once whatever the number of processes."""
         if distributed.rank() == 0:
             print(text, flush=True)
+            self.run.log(text)
+
+    def _warn(self, text):
+        print(text, file=sys.stderr)
+        self.run.log(text)
 
     def measure_zero_shot(self):
         """Measure what a CLIP does without reprogramming; it goes into the log and ``result.json``."""
-        accuracy = self.system.zero_shot_accuracy(self.cfg.batch_size)
-        self.extra_results["zero_shot"] = accuracy
+        if "zero_shot" not in self.extra_results:
+            accuracy = distributed.by_main_process(
+                lambda: self.system.zero_shot_accuracy(self.cfg.batch_size, self.trainer.check_stop_here)
+            )
+            self.extra_results["zero_shot"] = accuracy
+        accuracy = self.extra_results["zero_shot"]
         self.log(f"without reprogramming: {accuracy['single']:.2%} with a single template, "
                  f"{accuracy['ensemble']:.2%} with the ensemble of all")
 
     def epochs(self):
-        """The numbers of the epochs that are still to be done."""
-        yield from range(self.first_epoch, self.cfg.epochs)
+        """The numbers of the epochs that are still to be done; a run without training has one, to estimate and test."""
+        yield from range(self.first_epoch, max(1, self.cfg.epochs))
 
-    def end_epoch(self, epoch, trained, test_accuracy):
+    def end_epoch(self, epoch, estimating_seconds, trained, tested):
         """Keep an epoch: its metrics, and all that is needed to go on after it.
 
         Parameters
         ----------
         epoch : int
-        trained : dict
-            What `Trainer.train` returned.
-        test_accuracy : float
+        estimating_seconds : float
+            What `Trainer.estimate` or `Trainer.refresh` returned; 0 where the mapping stayed.
+        trained : Trained
+        tested : Tested
         """
         weights = self._weights()
         change = None if self._previous_weights is None else _distance(weights, self._previous_weights)
         self._previous_weights = weights
-        seconds = {step: round(self.trainer.seconds.pop(step, 0.0), 3) for step in ("estimate", "train", "test")}
+        seconds = {"estimate": estimating_seconds, "train": trained.seconds, "test": tested.seconds}
         metrics = {
-            "epoch": epoch, "train_loss": trained["train_loss"], "train_accuracy": trained["train_accuracy"],
-            "test_accuracy": test_accuracy, "mapping_change": change, "lr": trained["lr"], "seconds": seconds,
+            "epoch": epoch, "train_loss": trained.loss, "train_accuracy": trained.accuracy,
+            "test_accuracy": tested.accuracy, "mapping_change": change, "lr": trained.lr,
+            "seconds": {step: round(value, 3) for step, value in seconds.items()},
         }
+        if tested.validation_accuracy is not None:
+            metrics["validation_accuracy"] = tested.validation_accuracy
         if self.main:
             self._history.append({"epoch": epoch, **_heaviest(weights)})
             with _failing_with_code_1():
@@ -144,9 +173,13 @@ class Session:
                     self._tensorboard.add_scalar(name, metrics[name], epoch)
             self._tensorboard.flush()
         shown = "" if change is None else f", mapping change {change:.3g}"
-        self.log(f"epoch {epoch + 1}/{self.cfg.epochs}: loss {metrics['train_loss']:.4f}, "
-                 f"train {metrics['train_accuracy']:.2%}, test {test_accuracy:.2%}{shown}, "
-                 f"{sum(seconds.values()):.1f} s")
+        if tested.validation_accuracy is not None:
+            shown = f", validation {tested.validation_accuracy:.2%}{shown}"
+        if trained.loss is None:
+            head = "without training: "
+        else:
+            head = (f"epoch {epoch + 1}/{self.cfg.epochs}: loss {trained.loss:.4f}, train {trained.accuracy:.2%}, ")
+        self.log(f"{head}test {tested.accuracy:.2%}{shown}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
         """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
@@ -160,11 +193,16 @@ class Session:
         if self.trainer.skipped_steps:
             result["skipped_steps"] = self.trainer.skipped_steps
             self.log(f"{self.trainer.skipped_steps} steps were skipped: their loss or gradient was not finite")
+        alike = [[self.task.class_names[t] for t in labels] for labels in self.mapping.indistinct_labels()]
+        if alike:
+            named = "; ".join(" = ".join(names[:4]) for names in alike[:5])
+            warnings.warn(f"the mapping cannot tell some labels apart, and takes the first of them: {named}",
+                          stacklevel=2)
         if self.main:
             with _failing_with_code_1():
                 self.run.finish(result)
-        self.log(f"final accuracy {result['final_accuracy']:.2%}; best on test {result['best_accuracy']:.2%} "
-                 f"after epoch {result['best_epoch'] + 1}")
+        self.log(f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
+                 f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}")
 
     def __exit__(self, kind, error, traceback):
         try:
@@ -174,18 +212,18 @@ class Session:
                 sys.exit(128 + error.signum)
             if isinstance(error, NonFiniteError):
                 count = len(self.run.metrics)
-                kept = f"{self.run.folder / 'last.pt'} ({count} epochs)" if count else "none yet"
+                kept = f"{checkpoint_path(self.run.folder)} ({count} epochs)" if count else "none yet"
                 if self.main:
-                    print(f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, or "
-                          "--on-nonfinite skip", file=sys.stderr)
+                    self._warn(f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, "
+                               "or --on-nonfinite skip")
                 sys.exit(3)
             if isinstance(error, UnreadableImage):
                 with user_errors():
                     raise error
             if isinstance(error, torch.OutOfMemoryError):
-                print(f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
-                      f"smaller --backbone or --canvas-size, or --precision bf16 ({' '.join(str(error).split()):.200})",
-                      file=sys.stderr)
+                self._warn(f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
+                           "smaller --backbone or --canvas-size, or --precision bf16 "
+                           f"({' '.join(str(error).split()):.200})")
                 sys.exit(1)
         finally:
             self._stack.close()
@@ -207,25 +245,42 @@ def _heaviest(weights):
     return {"labels": top.indices.T.int().cpu().contiguous(), "weights": top.values.T.cpu().contiguous()}
 
 
+def _model_of(device):
+    """The name of the CPU or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 @contextmanager
 def _failing_with_code_1():
     try:
         yield
-    except OSError as error:  # a full disk, most often: nothing to mend in the command line
+    except OSError as error:  # a full disk, most often: nothing to fix in the command line
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 @contextmanager
-def _signals_to(trainer):
-    """Have SIGINT and SIGTERM end the run after the batch at hand; a second one ends it at once."""
-    def request_stop(signum, frame):
-        trainer.stop_signal = signum
+def _stop_signals():
+    """A function that tells which of SIGINT and SIGTERM arrived, 0 before any; a second one ends the process at once.
+
+    Outside the main thread, where Python allows no handlers, none ever arrives.
+    """
+    arrived = []
+
+    def note(signum, frame):
+        arrived.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    earlier = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signums = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    earlier = {signum: signal.signal(signum, note) for signum in signums}
     try:
-        yield
+        yield lambda: arrived[-1] if arrived else 0
     finally:
         for signum, handler in earlier.items():
             signal.signal(signum, handler)

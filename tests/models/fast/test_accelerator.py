@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from cfg import VLMConfig, VMConfig
 from models import SWITCHES
 from tools.training import trainer as training
-from tools.training.build import assemble, assemble_clip
 
 ALL, STAND_IN = ",".join(SWITCHES), torch.device("meta")
 

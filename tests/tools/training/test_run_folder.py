@@ -46,8 +46,8 @@ def test_epochs_come_back_and_best_is_the_first_of_equals(tmp_path):
     run, checkpoint = opened(tmp_path / "run")
     assert [m["epoch"] for m in checkpoint["metrics"]] == [0, 1, 2]
     assert torch.equal(checkpoint["program"], state(2)["program"])
-    assert float(load_checkpoint(tmp_path / "run" / "best.pt")["program"][0, 0, 0]) == 1
-    assert float(load_checkpoint(tmp_path / "run" / "previous.pt")["program"][0, 0, 0]) == 1
+    assert float(load_checkpoint(tmp_path / "run" / "best.safetensors")["program"][0, 0, 0]) == 1
+    assert float(load_checkpoint(tmp_path / "run" / "previous.safetensors")["program"][0, 0, 0]) == 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text)["test_accuracy"] for text in lines] == [0.25, 0.5, 0.5]
     result = summarise(SETTINGS, run.metrics)
@@ -62,7 +62,7 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path, capsys, damage):
     run.save_epoch(line(0, 0.1), state(0))
     run.save_epoch(line(1, 0.2), state(1))
     run.close()
-    path = tmp_path / "run" / "last.pt"
+    path = tmp_path / "run" / "last.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "flip":
         at = content.index(torch.full((8,), 1.0).numpy().tobytes())
@@ -126,7 +126,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"needs about \d+ MiB and \d+ MiB are free; the checkpoint before it"):
         run.save_epoch(line(1, 0.2), state(1))
     run.close()
-    assert len(load_checkpoint(tmp_path / "run" / "last.pt")["metrics"]) == 1
+    assert len(load_checkpoint(tmp_path / "run" / "last.safetensors")["metrics"]) == 1
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
@@ -195,6 +195,6 @@ def test_a_disk_that_is_full(tmp_path):
         (disk / "another").unlink()
         run.save_epoch(line(2, 0.2), state(2) | {"mapping": {"weights": torch.full((75_000,), 2.0)}})
         run.close()
-        assert len(load_checkpoint(disk / "run" / "last.pt")["metrics"]) == 3
+        assert len(load_checkpoint(disk / "run" / "last.safetensors")["metrics"]) == 3
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

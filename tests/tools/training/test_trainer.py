@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cfg import RECIPES, VLMConfig, VMConfig, VMFastConfig, parse
+from cfg import RECIPES, VLMConfig, VMConfig, VMFastConfig
 from mapping import build_mapping
 from models import SWITCHES
 from tests.data.helpers import write_flowers_subset
-from tools.training.build import assemble
+from tools.training.build import build_vision
 from tools.training.trainer import Trainer, learning_rate
 
 CPU, ALL = torch.device("cpu"), ",".join(SWITCHES)
 
 
 def trainer(tmp_path, mapping="blmpp", engine=ALL, reprogramming="padding", seed=0, epochs=4):
-    settings = VMConfig(
+    settings = VMConfig.of(
         dataset="digits", train_fraction=0.07, backbone="efficientnet_lite0", canvas_size=64, mapping=mapping,
         seed=seed, reprogramming=reprogramming, results_path=str(tmp_path), epochs=epochs, batch_size=24, engine=engine,
     )
-    system = assemble(settings, CPU)
+    system = build_vision(settings, CPU)
     # At 0 the whole canvas around the image is one grey, for which this network has a ReLU6 whose input, 4e-7, is
     # within rounding of its kink: either side of it is right, and Adam's first step doubles the difference.
     torch.nn.init.normal_(system.input_vr.program, std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -121,12 +121,12 @@ def test_defaults_and_recipes():
 
 
 def test_clip_border_is_thirty(tmp_path):
-    from tools.training.build import assemble_clip
+    from tools.training.build import build_clip
 
-    cfg = VLMConfig(
+    cfg = VLMConfig.of(
         dataset="synthetic", backbone="tiny-test", weights="none", mapping="ilm", results_path=str(tmp_path)
     )
-    system = assemble_clip(cfg, CPU)
+    system = build_clip(cfg, CPU)
     assert system.input_vr.border == 30
     assert float(system.input_vr.mask.sum()) == 224**2 - 164**2
     assert system.mapping.num_source == 81 * 8
@@ -207,11 +207,11 @@ def test_fast_path_trains_as_well_as_the_plain_path(tmp_path):
     ends = {}
     for seed in range(16):
         for engine in ("plain", ALL):
-            settings = VMConfig(
+            settings = VMConfig.of(
                 dataset="digits", train_fraction=0.4, backbone="efficientnet_lite0", canvas_size=64, seed=seed,
                 results_path=str(tmp_path), epochs=8, batch_size=16, engine=engine,
             )
-            system = assemble(settings, CPU)
+            system = build_vision(settings, CPU)
             run = Trainer(
                 system.network, system.input_vr.program, system.mapping, system.loaders(16, seed),
                 torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", 8,

@@ -1,0 +1,73 @@
+"""What a device computes with: the choice of device and precision, torch's switches, images to pretrained logits."""
+
+import os
+
+import torch
+
+PLAIN_CHUNK = 32  # images that go through the plain network at once on a CPU
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name):
+    """The device that ``--device`` names: cpu, cuda, cuda:N, or auto, which is cuda where there is one.
+
+    A bare ``cuda`` is the GPU of this process on its machine, where ``torchrun`` started several.
+
+    Raises
+    ------
+    ValueError
+        For another name, or a GPU that this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: allowed are cpu, cuda, cuda:N and auto")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_precision(name, device):
+    """The precision that ``--precision`` names: fp32, tf32, bf16, fp16, or auto: fp32 on a CPU, fp16 on a GPU.
+
+    Raises
+    ------
+    ValueError
+        For one that the device lacks.
+    """
+    if name == "auto":
+        return "fp32" if device.type == "cpu" else "fp16"
+    if device.type == "cpu" and name in ("tf32", "fp16"):
+        raise ValueError(f"--precision {name} needs a GPU; on a CPU take fp32 or bf16")
+    return name
+
+
+def set_up_arithmetic(device, precision, deterministic):
+    """Set what torch keeps for the whole process: the GPU in use, TF32 or not, algorithms that repeat their bits."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a workspace
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # none of it is read before it is written
+
+
+def chunk_size_of(network, device):
+    """Images that go through ``network`` at once: as many as run fastest on a CPU, a whole batch on a GPU."""
+    return network.batch_size or (PLAIN_CHUNK if device.type == "cpu" else 2**31 - 1)
+
+
+def pretrained_logits(network, images, precision="fp32", chunk_size=None):
+    """Pretrained logits (n, S), float32, of images (n, 3, h, w) in [0, 1], computed ``chunk_size`` images at a time."""
+    chunk_size = chunk_size or chunk_size_of(network, images.device)
+    dtype = _AUTOCAST.get(precision)
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return torch.cat([network(chunk).float() for chunk in images.split(chunk_size)])

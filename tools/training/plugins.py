@@ -1,0 +1,67 @@
+"""Parts of a user's own: a Python file that registers a mapping, input VR, backbone or data set.
+
+A plugin runs only where a command names it with ``--plugin FILE``: a run folder, which may come from anywhere, can
+ask for one but never start it.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+HELP = "the Python file of your own that the run was trained with"
+
+
+def load_plugin(path):
+    """Run a plugin, once per process.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file, or it fails; in one line.
+    """
+    path = Path(path).resolve()
+    name = f"plugin {path}"
+    if name in sys.modules:
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"--plugin {path}: no such file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise ValueError(f"--plugin {path}: expected a Python file, with the suffix .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's code raises
+        del sys.modules[name]
+        raise ValueError(f"--plugin {path} failed: {type(error).__name__}: {error}") from error
+
+
+def load_plugin_of(argv):
+    """Run the plugin that a command line names, before its other flags are read: it may declare some."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin")
+    known, _ = parser.parse_known_args(argv)
+    if known.plugin is not None:
+        load_plugin(known.plugin)
+
+
+def require_plugin(recorded, given, folder):
+    """Run the plugin that ``folder`` was trained with, if the user named one.
+
+    Parameters
+    ----------
+    recorded : str or None
+        Of the run's ``config.json``.
+    given : str or None
+        Of the command line.
+
+    Raises
+    ------
+    ValueError
+        The run needs one and none is given.
+    """
+    if given is not None:
+        load_plugin(given)
+    elif recorded is not None:
+        raise ValueError(f"{folder} was trained with --plugin {recorded}; give it again (its code will run)")
