@@ -515,10 +515,14 @@ def test_slurm_jobs_are_followed_and_cancelled(tmp_path):
 
 def test_cancelled_job_lets_its_run_save(tmp_path):
     cell = command_cell(tmp_path, "run", SAVES)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = signal_after((has(cell.log, "began\n"), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        slurm.SlurmJob(cell.command, cell.log)()
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            slurm.SlurmJob(cell.command, cell.log)()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, earlier)
     wait_until(has(cell.log, "began\nsaved\n"))
 
 
