@@ -24,6 +24,7 @@ from data.ilmvp import LmdbSource, check_against_split, read_split
 from data.registry import FOLDER_PREFIX, find_folder, open_ilmvp
 from data.sources import class_folders
 from tools.console import Parser, one_line_warnings, user_errors
+from tools.training.plugins import load_plugin_of
 
 
 def check_folder(path, name=None, workers=0):
@@ -170,8 +171,10 @@ def main(argv=None):
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one a core (default: 0)"
     )
-    with user_errors(), one_line_warnings():
-        arguments = parser.parse_args(argv)
+    parser.add_argument("--plugin", metavar="FILE", help="Python file that registers a data set of your own")
+    load_plugin_of(argv)
+    arguments = parser.parse_args(argv)
+    with one_line_warnings():
         if (arguments.path is None) == (arguments.dataset is None):
             raise ValueError("give either PATH or --dataset NAME")
         if arguments.path is not None and arguments.data_path is not None:

@@ -483,16 +483,15 @@ def _samples(arguments):
 
 @user_errors()
 def main(argv=None):
-    with user_errors():
-        arguments = _build_parser().parse_args(argv)
-        folder = arguments.data_path / arguments.name
-        if folder.exists():
-            if not all((folder / name).exists() for name in ("train.lmdb", "test.lmdb", "split.json")):
-                raise FileExistsError(f"{folder} exists and is no ILM-VP folder; move it, or take another --data-path")
-            print(f"{folder} is there already and left alone; remove it to prepare it again")
-            return 0
-        train, test, class_names = _samples(arguments)
-        prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
+    arguments = _build_parser().parse_args(argv)
+    folder = arguments.data_path / arguments.name
+    if folder.exists():
+        if not all((folder / name).exists() for name in ("train.lmdb", "test.lmdb", "split.json")):
+            raise FileExistsError(f"{folder} exists and is no ILM-VP folder; move it, or take another --data-path")
+        print(f"{folder} is there already and left alone; remove it to prepare it again")
+        return 0
+    train, test, class_names = _samples(arguments)
+    prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
     print(f"{folder}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")
     info = DATASETS.get(arguments.name)
     if info is not None and info.train and (info.train, info.test) != (len(train), len(test)):
