@@ -18,7 +18,9 @@ class _InputVR(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
-    def _check(self, images, size):
+    def check_images(self, images):
+        """Refuse, with a ValueError, images of another shape than `forward` takes."""
+        size = getattr(self, "image_size", self.canvas_size)
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
                 f"{type(self).__name__} takes images of shape (n, 3, {size}, {size}), got {tuple(images.shape)}"
@@ -77,7 +79,7 @@ class PaddingVR(_InputVR):
 
     def embed(self, images):
         """The normalised canvas with the images on it and zero pixels around; (n, 3, C, C), no gradient."""
-        self._check(images, self.image_size)
+        self.check_images(images)
         after = self.canvas_size - self.image_size - self.offset
         canvas = nn.functional.pad(images.detach(), (self.offset, after, self.offset, after))
         return (canvas - self.mean) / self.std
@@ -120,7 +122,7 @@ class WatermarkingVR(_InputVR):
 
     def embed(self, images):
         """The normalised images; (n, 3, C, C), no gradient."""
-        self._check(images, self.canvas_size)
+        self.check_images(images)
         return (images.detach() - self.mean) / self.std
 
     def pattern(self):

@@ -6,6 +6,7 @@ until one is replaced by its folded form.
 """
 
 import copy
+import itertools
 import math
 import operator
 
@@ -18,6 +19,7 @@ from models.fast.conv import FrozenConv2d
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU_CALLS = {F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"}
 _RELU6_CALLS = {F.relu6}
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # layers that do nothing in eval mode
 
 
 class _LayerTracer(fx.Tracer):
@@ -54,7 +56,7 @@ def trace(classifier, example):
     """The classifier as an `fx.GraphModule` whose nodes know the shape of their values
     (``node.meta["shape"]``).
 
-    Convolutions are `FrozenConv2d` layers, still unfused. Raises whatever tracing raises for a network whose
+    Convolutions are `FrozenConv2d` layers, still unfused; layers that do nothing are dropped. Raises whatever tracing raises for a network whose
     control flow depends on its input.
 
     Parameters
@@ -66,9 +68,12 @@ def trace(classifier, example):
     root = _OneInput(share_copy(classifier))
     graph = fx.GraphModule(root, _LayerTracer().trace(root))
     _record_shapes(graph, example)
-    for node in graph.graph.nodes:
-        layer = graph.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Conv2d) and "shape" in node.args[0].meta:
+    for node in list(graph.graph.nodes):
+        layer = _layer(graph, node)
+        if type(layer) in _PASSING:  # between a convolution and its ReLU it would keep the two apart
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif isinstance(layer, nn.Conv2d) and "shape" in node.args[0].meta:
             frozen = freeze(layer, node.args[0].meta["shape"][2:])
             if frozen is not None:
                 _insert_layer(graph, node, frozen)
@@ -147,8 +152,9 @@ def _is_addition(node):
 def _fuse_addition(graph, node):
     for value, other in (node.args, node.args[::-1]):
         conv = _layer(graph, value)
-        if isinstance(conv, FrozenConv2d) and conv.activation is None and len(value.args) == 1 and value is not other:
-            if len(value.users) == 1:
+        if isinstance(conv, FrozenConv2d) and conv.activation is None and len(value.args) == len(value.users) == 1:
+            # a step can ask one map for one patch only, where the convolution wants more of it than the addition
+            if other not in (value, value.args[0]):
                 node.op, node.target = "call_module", value.target
                 node.args = (value.args[0], other)
                 graph.graph.erase_node(value)
@@ -159,6 +165,8 @@ def _fuse_activation(graph, node):
     value, name = node.args[0], activation_of(graph, node)
     conv = _layer(graph, value)
     if not isinstance(conv, FrozenConv2d) or conv.activation is not None or len(value.users) > 1:
+        return
+    if name == "relu6" and len(value.args) > 1:  # oneDNN has no kernel for an addition and a ReLU6
         return
     pool = next(iter(node.users))
     if (
@@ -195,8 +203,7 @@ def _layer(graph, node):
 
 
 def _free_name(graph):
-    taken = {name for name, _ in graph.named_modules()}
-    return next(name for name in (f"frozen_{i}" for i in range(len(taken) + 1)) if name not in taken)
+    return next(name for name in map("frozen_{}".format, itertools.count()) if not hasattr(graph, name))
 
 
 def _insert_layer(graph, node, layer):

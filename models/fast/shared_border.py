@@ -28,7 +28,7 @@ from models.fast.conv import NO_PADDING, FrozenConv2d, activate, activation_grad
 from models.fast.graph import ADDITIONS, freeze
 
 _POINTWISE_LAYERS = (
-    nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU,
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU,
     nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Mish, nn.BatchNorm2d,
 )  # fmt: skip
 _POINTWISE_CALLS = {
@@ -336,7 +336,7 @@ class WindowedNetwork(nn.Module):
                 (top, bottom), (left, right) = self.image_margins
                 own = self.image_conv(F.pad(images, (left, right, top, bottom)))
                 values[node] = _AddShared.apply(own, shared[node], self.stem_activation)
-            elif _reads_shape(node):
+            elif _reads_shape(node) and self._partial(node.args[0]):
                 whole = images.new_empty(()).expand(len(images), *node.args[0].meta["shape"][1:])
                 values[node] = self._call(node, {node.args[0]: whole}.__getitem__)
             elif node.op != "placeholder":
