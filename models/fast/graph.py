@@ -1,5 +1,4 @@
-"""A frozen classifier as a graph: BatchNorm folded into convolutions, each convolution fused with what
-follows it.
+"""A frozen classifier as a graph: BatchNorm folded into convolutions, each of them fused with what follows it.
 
 The classifier that is passed in is never changed: the graph works on a copy that shares every tensor with it,
 until one is replaced by its folded form.
@@ -53,11 +52,10 @@ def share_copy(module):
 
 
 def trace(classifier, example):
-    """The classifier as an `fx.GraphModule` whose nodes know the shape of their values
-    (``node.meta["shape"]``).
+    """The classifier as an `fx.GraphModule` whose nodes know the shape of their values, ``node.meta["shape"]``.
 
-    Convolutions are `FrozenConv2d` layers, still unfused; layers that do nothing are dropped. Raises whatever tracing raises for a network whose
-    control flow depends on its input.
+    Convolutions are `FrozenConv2d` layers, still unfused; layers that do nothing are dropped. Raises whatever tracing
+    raises for a network whose control flow depends on its input.
 
     Parameters
     ----------
@@ -81,8 +79,7 @@ def trace(classifier, example):
 
 
 def freeze(conv, size):
-    """`FrozenConv2d` of a plain or TensorFlow-"same" convolution on an H x W ``size`` input; None for other
-    kinds."""
+    """`FrozenConv2d` of a plain or TensorFlow-"same" convolution on an H x W ``size`` input; else None."""
     if conv.padding_mode != "zeros":
         return None
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
@@ -109,7 +106,6 @@ def fold_batchnorm(graph):
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
         conv = _layer(graph, node.args[0])
-        activation = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         plain = type(norm) is nn.BatchNorm2d or type(norm).__name__ == "BatchNormAct2d"
         if not isinstance(conv, FrozenConv2d) or len(node.args[0].users) > 1 or not plain:
             continue
@@ -118,8 +114,8 @@ def fold_batchnorm(graph):
         shift = -norm.running_mean.double() * factor
         conv.scale_output(factor, shift if norm.bias is None else shift + norm.bias.detach().double())
         value = node.args[0]
-        for part in activation:  # timm's BatchNormAct2d carries its activation with it
-            if not isinstance(part, nn.Identity):
+        for part in (getattr(norm, "drop", None), getattr(norm, "act", None)):  # of timm's BatchNormAct2d
+            if part is not None and type(part) not in _PASSING:
                 with graph.graph.inserting_before(node):
                     name = _free_name(graph)
                     graph.add_submodule(name, part)
@@ -130,8 +126,7 @@ def fold_batchnorm(graph):
 
 
 def fuse(graph, winograd=False):
-    """Move residual additions and ReLUs into the convolutions that feed them, and ReLUs behind
-    max-pooling."""
+    """Move residual additions and ReLUs into the convolutions that feed them, and ReLUs behind max-pooling."""
     for node in list(graph.graph.nodes):
         if _is_addition(node):
             _fuse_addition(graph, node)
@@ -169,11 +164,8 @@ def _fuse_activation(graph, node):
     if name == "relu6" and len(value.args) > 1:  # oneDNN has no kernel for an addition and a ReLU6
         return
     pool = next(iter(node.users))
-    if (
-        len(node.users) == 1
-        and isinstance(_layer(graph, pool), nn.MaxPool2d)
-        and not _layer(graph, pool).return_indices
-    ):
+    layer = _layer(graph, pool)
+    if len(node.users) == 1 and isinstance(layer, nn.MaxPool2d) and not layer.return_indices:
         # max and ReLU commute, and behind the pooling there is less to do
         pool.args = (value,)
         pool.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)

@@ -184,17 +184,15 @@ class Network(nn.Module):
             graph, window, scale, first_layer="first-layer" in self.switches,
             largest_window=LARGEST_WINDOW if "shared-border" in self.switches else 0.0,
         )  # fmt: skip
-        notes = [name for name in SWITCHES if name in self.switches - {"first-layer", "shared-border", "winograd"}]
-        if "winograd" in self.switches:
-            convolutions = [layer for layer in graph.modules() if isinstance(layer, FrozenConv2d)]
-            count = sum(layer.may_use_winograd for layer in convolutions) if "channels-last" in self.switches else 0
-            notes.append(f"winograd in {count} layers" if count else "no winograd (no layer that it can speed up)")
-        if "first-layer" in self.switches:
-            notes.append("first-layer" if self.core.splits_first_layer else "no first-layer (no convolution)")
-        if "shared-border" in self.switches:
-            count = self.core.windowed
-            notes.append(f"shared-border over {count} layers" if count else "no shared-border (windows too large)")
-        self.description = "fast path: " + ", ".join(notes)
+        convolutions = [layer for layer in graph.modules() if isinstance(layer, FrozenConv2d)]
+        count = sum(layer.may_use_winograd for layer in convolutions) if "channels-last" in self.switches else 0
+        notes = {name: name for name in SWITCHES} | {
+            "first-layer": "first-layer" if self.core.splits_first_layer else "no first-layer (it is not a single convolution)",
+            "shared-border": f"shared-border over {self.core.windowed} layers"
+            if self.core.windowed else "no shared-border (windows too large)",
+            "winograd": f"winograd in {count} layers" if count else "no winograd (no layer that it can speed up)",
+        }  # fmt: skip
+        self.description = "fast path: " + ", ".join(notes[name] for name in SWITCHES if name in self.switches)
 
     def _prepare_untraced(self, classifier, window, scale, error):
         reason = f"as the code of this network cannot be recorded ahead ({type(error).__name__}): same results, slower"
@@ -226,7 +224,7 @@ def _probe(input_vr, image_size):
 
 
 def _try_out(network):
-    """Logits of one and of two random images, (1, S) and (2, S), and the gradient of the program, under a random one."""
+    """Logits of one and of two random images, and the latter's gradient of the program, under a random program."""
     program, generator = network.input_vr.program, torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, network.image_size, network.image_size, generator=generator).to(program)
     noise = torch.randn(program.shape, generator=generator).to(program)

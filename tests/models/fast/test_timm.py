@@ -2,9 +2,8 @@
 
 Fast and plain path of timm's architectures: random weights, padding and watermarking, batches of 1, 3 and 8 images.
 
-Where the two differ by more than `ROUNDING`, both are held against the plain path in float64: a ReLU that rounding
-turns over changes a gradient in more than its last digits, on either path alike. The fast path may then be off by
-`SLACK` times as much as the plain one.
+Where they differ by more than `ROUNDING`, the same comparison in float64 decides. A ReLU that rounding turns over
+changes a gradient in more than its last digits, `TURNED` at most; in float64 none does, and a fault would stay.
 """
 
 import sys
@@ -21,13 +20,13 @@ from models.fast.network import build_network
 from tests.models.fast.test_network import MEAN, STD, images_for, settle, with_random_program
 
 BATCHES = (1, 3, 8)
-ROUNDING = (1e-5, 1e-3)  # relative differences of logits and of the gradient
-SLACK = 10
+ROUNDING, TURNED, ROUNDING_64 = (1e-5, 1e-3), (1e-5, 1e-1), (1e-6, 1e-9)  # of logits (kept in float32), of the gradient
 CANVASES = (96, 128, 192, 224, 256)  # pixels; the first that a model takes
 SHORTER = {  # how the table abbreviates the descriptions of networks
     "fast path: channels-last, fold-batchnorm, fused-ops": "fast",
     " (no layer that it can speed up)": "",
     " (windows too large)": "",
+    " (it is not a single convolution)": "",
     "as the code of this network cannot be recorded ahead": "not recorded",
     ": same results, slower": "",
 }
@@ -74,6 +73,9 @@ def build(name):
                 try:
                     net = settle(timm.create_model(name, **options))
                     with torch.no_grad():
+                        for weight in net.parameters():
+                            if not weight.any():  # a head of zeros would hide everything before it
+                                weight.normal_(std=0.02)
                         net(torch.zeros(2, 3, size, size))
                     return net, size
                 except Exception:  # each architecture refuses a size in its own way
@@ -93,10 +95,19 @@ def results(path, input_vr, images, sizes):
     return pairs
 
 
-def differences(got, expected):
-    """Relative differences of logits and gradient, the largest over the batches."""
-    both = ([(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(got[n], expected[n], strict=True)] for n in got)
-    return [max(values).item() for values in zip(*both, strict=True)]
+def difference(net, input_vr, dtype=torch.float32):
+    """The fast network, and how far its logits and gradient are off, relatively, the largest of all batches."""
+    input_vr = with_random_program(input_vr, dtype)
+    images = images_for(input_vr, max(BATCHES))
+    network = build_network(net, input_vr)
+    plain = results(lambda x: net(input_vr(x)).float(), input_vr, images, BATCHES)
+    worst = [0.0, 0.0]
+    for n in BATCHES:
+        fast = results(network, input_vr, images[:n], (n,))
+        for i, (a, b) in enumerate(zip(fast[n], plain[n], strict=True)):
+            assert b.norm() > 0
+            worst[i] = max(worst[i], ((a - b).norm() / b.norm()).item())
+    return network, worst
 
 
 def compare(name):
@@ -113,19 +124,12 @@ def compare(name):
         ("padding", PaddingVR(size, size // 3, MEAN, STD)),
         ("watermarking", WatermarkingVR(size, size // 8, MEAN, STD)),
     ):
-        input_vr = with_random_program(input_vr)
-        images = images_for(input_vr, max(BATCHES))
-        network = build_network(net, input_vr)
-        plain = results(lambda x, vr=input_vr: net(vr(x)), input_vr, images, BATCHES)
-        fast = {n: results(network, input_vr, images[:n], (n,))[n] for n in BATCHES}
-        off = differences(fast, plain)
+        network, off = difference(net, input_vr)
         figures, agree = "{:.0e} {:.0e}".format(*off), all(map(float.__le__, off, ROUNDING))
-        if not agree:
-            exact, twin = deepcopy(net).double(), with_random_program(deepcopy(input_vr), torch.float64)
-            truth = results(lambda x, vr=twin, net=exact: net(vr(x)), twin, images.double(), BATCHES)
-            off, own = differences(fast, truth), differences(plain, truth)
-            agree = all(f <= max(SLACK * p, r) for f, p, r in zip(off, own, ROUNDING, strict=True))
-            figures += "; from float64 {:.0e} {:.0e}, plain {:.0e} {:.0e}".format(*off, *own)
+        if not agree and all(map(float.__le__, off, TURNED)):
+            _, off = difference(deepcopy(net).double(), deepcopy(input_vr), torch.float64)
+            figures += "; in float64 {:.0e} {:.0e}".format(*off)
+            agree = all(map(float.__le__, off, ROUNDING_64))
         yield kind, network.description, agree, figures
 
 
@@ -140,17 +144,18 @@ def main(names):
     """Print the table as it comes, then the counts."""
     names, counts, start = names or ARCHITECTURES, Counter(), time.perf_counter()
     say = partial(print, flush=True)
-    say("architecture | input VR | path (fast: channels-last, fold-batchnorm, fused-ops) | difference of logits, of gradient")
+    say("architecture | input VR | path (fast: channels-last, fold-batchnorm, fused-ops) | logits and gradient are off")
     for name in names:
         for kind, description, agree, figures in compare(name):
-            path = "fast path, first layer alone" if "alone" in description else description.partition(" path")[0] + " path"
-            counts[path] += 1
+            counts[description.partition(" path")[0] + " path"] += 1
+            counts["first layer alone"] += "alone" in description
             counts["parts left out"] += "left out" in description
             counts["differences beyond rounding"] += not agree
             for long, short in SHORTER.items():
                 description = description.replace(long, short)
             say(f"{name} | {kind} | {description} | {figures}{'' if agree else ' !'}")
-    say(f"{len(names)} architectures under two input VRs, {(time.perf_counter() - start) / 60:.0f} minutes: {dict(counts)}")
+    minutes = (time.perf_counter() - start) / 60
+    say(f"{len(names)} architectures under two input VRs, {minutes:.0f} minutes: {dict(counts)}")
 
 
 if __name__ == "__main__":
