@@ -13,14 +13,14 @@ class _InputVR(nn.Module):
         super().__init__()
         if canvas_size < 1:
             raise ValueError(f"canvas size must be at least 1 pixel, got {canvas_size}")
-        self.canvas_size = canvas_size
+        self.canvas_size = self.image_size = canvas_size
         self.program = nn.Parameter(torch.zeros(3, canvas_size, canvas_size))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
     def check_images(self, images):
-        """Refuse, with a ValueError, images of another shape than `forward` takes."""
-        size = getattr(self, "image_size", self.canvas_size)
+        """Raise ValueError unless the images are of shape (n, 3, image_size, image_size)."""
+        size = self.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(
                 f"{type(self).__name__} takes images of shape (n, 3, {size}, {size}), got {tuple(images.shape)}"

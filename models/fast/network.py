@@ -22,7 +22,7 @@ SWITCHES = {
     "first-layer": "the pattern goes through the first layer once a batch, the images without a gradient",
     "shared-border": "maps around the image computed once a batch",
     "fused-ops": "ReLU and residual additions inside the convolutions; the backward pass keeps outputs alone",
-    "winograd": "3 x 3 convolutions in a quarter of the multiplications (on CPUs, with channels-last and fused-ops)",
+    "winograd": "3 x 3 convolutions in a quarter of the multiplications (on CPUs, with fused-ops)",
 }
 LARGEST_WINDOW = 0.7  # share of a map above which pasting costs more than the border's arithmetic
 REUSED_BLOCK = 28 << 20  # bytes; glibc maps blocks of 32 MiB and more again every time, a page fault per 4 KiB
@@ -59,13 +59,16 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
             close = difflib.get_close_matches(name, SWITCHES, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"unknown switch {name!r}{hint}; choose from {', '.join(SWITCHES)}")
-    expected = _try_out(Network(classifier, input_vr, ()))
+    plain = Network(classifier, input_vr, ())
+    if not switches:
+        return plain
+    expected = _try_out(plain)
 
     def attempt(parts):
         """The network with these parts, and None; or why there is none."""
         try:
             network = Network(classifier, input_vr, parts)
-            got = _try_out(network) if parts else expected
+            got = _try_out(network)
         except Exception as error:  # a foreign network can stop the preparation or the trial in any way
             return None, f"stopped with {type(error).__name__}"
         agree = all(map(_close, expected, got, (1e-3, 1e-3, 1e-2)))
@@ -73,22 +76,16 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
 
     network, _ = attempt(switches)
     if network is None:
-        network, reasons = _without_what_fails(attempt, switches)
+        network, kept, reasons = plain, (), {}
+        for name in (name for name in SWITCHES if name in switches):  # which of them work, one added at a time
+            larger, reason = attempt((*kept, name))
+            if larger is None:
+                reasons.setdefault(reason, []).append(name)
+            else:
+                network, kept = larger, (*kept, name)
         faults = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
         network.description += f"; left out: {'; '.join(faults)}: same results, slower"
     return network
-
-
-def _without_what_fails(attempt, switches):
-    """The network of the parts that work, added one at a time, and the names of the others by reason."""
-    (network, _), kept, reasons = attempt(()), (), {}
-    for name in (name for name in SWITCHES if name in switches):
-        larger, reason = attempt((*kept, name))
-        if larger is None:
-            reasons.setdefault(reason, []).append(name)
-        else:
-            network, kept = larger, (*kept, name)
-    return network, reasons
 
 
 class Network(nn.Module):
@@ -110,7 +107,6 @@ class Network(nn.Module):
         self.plain = (classifier,)  # in a tuple: not a submodule, whose weights would be held twice
         self.core, self._held, self.batch_size = None, None, None
         self.description = "plain path"
-        self.image_size = getattr(input_vr, "image_size", input_vr.canvas_size)
         if switches:
             self._prepare(classifier)
         if self.core is not None and self.black.device.type == "cpu":
@@ -165,7 +161,7 @@ class Network(nn.Module):
             torch.autograd.backward(*zip(*pairs, strict=True))
 
     def _prepare(self, classifier):
-        black, window, scale = _probe(self.input_vr, self.image_size)
+        black, window, scale = _probe(self.input_vr)
         if "channels-last" in self.switches:
             black = black.contiguous(memory_format=torch.channels_last)
         self.register_buffer("black", black, persistent=False)
@@ -184,14 +180,14 @@ class Network(nn.Module):
             graph, window, scale, first_layer="first-layer" in self.switches,
             largest_window=LARGEST_WINDOW if "shared-border" in self.switches else 0.0,
         )  # fmt: skip
-        convolutions = [layer for layer in graph.modules() if isinstance(layer, FrozenConv2d)]
-        count = sum(layer.may_use_winograd for layer in convolutions) if "channels-last" in self.switches else 0
-        notes = {name: name for name in SWITCHES} | {
-            "first-layer": "first-layer" if self.core.splits_first_layer else "no first-layer (it is not a single convolution)",
-            "shared-border": f"shared-border over {self.core.windowed} layers"
-            if self.core.windowed else "no shared-border (windows too large)",
-            "winograd": f"winograd in {count} layers" if count else "no winograd (no layer that it can speed up)",
-        }  # fmt: skip
+        fast = sum(isinstance(layer, FrozenConv2d) and layer.may_use_winograd for layer in graph.modules())
+        notes = {name: name for name in SWITCHES}
+        notes["winograd"] = f"winograd in {fast} layers" if fast else "no winograd (no layer that it can speed up)"
+        notes["shared-border"] = f"shared-border over {self.core.windowed} layers"
+        if not self.core.splits_first_layer:
+            notes["first-layer"] = "no first-layer (it is not a single convolution)"
+        if not self.core.windowed:
+            notes["shared-border"] = "no shared-border (the images reach all of the maps)"
         self.description = "fast path: " + ", ".join(notes[name] for name in SWITCHES if name in self.switches)
 
     def _prepare_untraced(self, classifier, window, scale, error):
@@ -213,9 +209,9 @@ class Network(nn.Module):
         return shared
 
 
-def _probe(input_vr, image_size):
+def _probe(input_vr):
     """Canvas of a black image, the image's window on it, and the factor on its pixels."""
-    pixels = input_vr.program.detach().new_zeros(1, 3, image_size, image_size)
+    pixels = input_vr.program.detach().new_zeros(1, 3, input_vr.image_size, input_vr.image_size)
     black, white = input_vr.embed(pixels), input_vr.embed(pixels + 1)
     touched = (white != black).flatten(0, 1).any(0)
     rows, columns = touched.any(1).nonzero().flatten().tolist(), touched.any(0).nonzero().flatten().tolist()
@@ -225,8 +221,8 @@ def _probe(input_vr, image_size):
 
 def _try_out(network):
     """Logits of one and of two random images, and the latter's gradient of the program, under a random program."""
-    program, generator = network.input_vr.program, torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, network.image_size, network.image_size, generator=generator).to(program)
+    program, size, generator = network.input_vr.program, network.input_vr.image_size, torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, size, size, generator=generator).to(program)
     noise = torch.randn(program.shape, generator=generator).to(program)
     start = program.detach().clone()
     # a fresh program is constant: its maps are full of ties, which a max-pooling may break either way
@@ -238,7 +234,8 @@ def _try_out(network):
             with torch.enable_grad():
                 logits = network(images)
                 weights = torch.randn(logits.shape, generator=generator).to(logits)
-                gradient = torch.autograd.grad((logits * weights).sum(), program)[0]
+                loss = (logits * weights).sum()
+                gradient = torch.autograd.grad(loss, program)[0] if loss.requires_grad else start
     finally:
         program.data.copy_(start)
     return first, logits.detach(), gradient

@@ -25,7 +25,7 @@ CANVASES = (96, 128, 192, 224, 256)  # pixels; the first that a model takes
 SHORTER = {  # how the table abbreviates the descriptions of networks
     "fast path: channels-last, fold-batchnorm, fused-ops": "fast",
     " (no layer that it can speed up)": "",
-    " (windows too large)": "",
+    " (the images reach all of the maps)": "",
     " (it is not a single convolution)": "",
     "as the code of this network cannot be recorded ahead": "not recorded",
     ": same results, slower": "",
