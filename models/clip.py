@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -30,6 +31,13 @@ _TINY_CONFIG = {
                    "pool_type": "avg"},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+
+
+@torch.fx.wrap  # one call for those who trace the network: its autocast context would be lost
+def _scaled_cosines(images_nd, texts_sd, logit_scale, logit_bias):
+    with torch.autocast(images_nd.device.type, enabled=False):
+        logits_ns = (logit_scale.exp() * images_nd) @ texts_sd.T
+        return logits_ns if logit_bias is None else logits_ns + logit_bias
 
 
 class ClipNet(nn.Module):
@@ -60,9 +68,7 @@ class ClipNet(nn.Module):
 
     def similarity(self, images_nd, texts_sd):
         """Logits (n, S) of embeddings, float32 also under autocast: half-precision cosines are coarse."""
-        with torch.autocast(images_nd.device.type, enabled=False):
-            logits_ns = (self.logit_scale.exp() * images_nd) @ texts_sd.T
-            return logits_ns if self.logit_bias is None else logits_ns + self.logit_bias
+        return _scaled_cosines(images_nd, texts_sd, self.logit_scale, self.logit_bias)
 
     def forward(self, images):
         return self.similarity(self.encode_image(images), self.text_embeddings)

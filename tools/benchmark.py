@@ -1,9 +1,9 @@
 """python -m tools.benchmark --case resnet18-32 resnet18-128 efficientnet_lite0-128
 
-Seconds an epoch of this project's training beside a plain loop, on the same pictures, network and recipe, in one run.
+Seconds per epoch of this project's training beside a plain loop, on the same images, network and recipe, in one run.
 
 The yardstick is written here, the way published code of this field goes about it: a DataLoader whose workers decode
-every picture anew with PIL, the backbone as it comes (NCHW, eager), all logits and a one-hot matrix kept for the
+every image again with PIL, the backbone as it comes (NCHW, eager), all logits and a one-hot matrix kept for the
 estimate, one-to-one matching by an arg-max for each class, full back-propagation. It is checked to give the same
 mapping and the same loss before anything is timed. Every contender trains one epoch to warm up; then epochs of all of
 them take turns, so that a drifting machine slows them alike, and medians are printed. "of peak" is the arithmetic that
@@ -64,14 +64,15 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES), help="what to measure (all)")
-    parser.add_argument("--images", metavar="PATH", help="ILM-VP folder to read in place of made-up pictures")
-    parser.add_argument("--train", type=int, default=512, help="made-up training pictures (512)")
-    parser.add_argument("--test", type=int, default=102, help="made-up test pictures (102)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images a step (256, the recipe's)")
+    parser.add_argument("--images", metavar="PATH", help="ILM-VP folder to read in place of made-up images")
+    parser.add_argument("--train", type=int, default=512, help="made-up training images (512)")
+    parser.add_argument("--test", type=int, default=102, help="made-up test images (102)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per step (256, the recipe's)")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each contender (3)")
     parser.add_argument("--mapping", default="blmpp", choices=("ilm", "blm", "blmpp"), help="(blmpp)")
     parser.add_argument(
-        "--switches", action="store_true", help="also time each part of the engine on its own, and torch.compile"
+        "--switches", action="store_true",
+        help="also time the whole fast path but for each of its parts, the plain path, and torch.compile",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda where there is one (auto)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -93,9 +94,9 @@ def measure(args):
     }
     for case in args.case:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(args.images) if args.images else Path(temporary) / "pictures"
+            folder = Path(args.images) if args.images else Path(temporary) / "images"
             if not args.images:
-                make_pictures(folder, CASES[case][1], args.train, args.test)
+                make_images(folder, CASES[case][1], args.train, args.test)
             report["cases"].append(measure_case(case, folder, args, device, report["peak_gflops"]))
     return report
 
@@ -110,10 +111,11 @@ def measure_case(case, folder, args, device, peak_gflops):
     contenders = {"plain": Plain(folder, *common), "train_vm": Ours(tuple(SWITCHES), *common)}
     contenders["train_vm_fast"] = Ours(tuple(SWITCHES), *common, observe=True)
     if args.switches:
-        contenders["no engine"] = Ours((), *common)
-        for switch in SWITCHES:
-            needed = ("channels-last", "fused-ops") if switch == "winograd" else ()
-            contenders[" + ".join((*needed, switch))] = Ours((*needed, switch), *common)
+        for part in SWITCHES:
+            dropped = {part, "winograd"} if part == "fused-ops" else {part}  # winograd needs the fused convolutions
+            kept = tuple(name for name in SWITCHES if name not in dropped)
+            contenders["without " + " and ".join(name for name in SWITCHES if name in dropped)] = Ours(kept, *common)
+        contenders["plain path"] = Ours((), *common)
         contenders["torch.compile"] = Ours((), torch.compile(classifier), *common[1:])
     agreement = check_agreement(contenders["plain"], contenders["train_vm"])
     for contender in list(contenders.values())[2:]:
@@ -275,7 +277,7 @@ class Plain:
 
 
 class _Decoded(Dataset):
-    """Pictures of an LMDB, decoded by PIL each time they are asked for."""
+    """Images of an LMDB, decoded by PIL each time they are asked for."""
 
     def __init__(self, path, size):
         ensure_torchvision()
@@ -321,7 +323,7 @@ def _status(field):
 
 
 def matrix_product_gflops(device, size=4096, repeats=5):
-    """The best rate of a large float32 matrix product on ``device``, in 10^9 floating-point operations a second."""
+    """The best rate of a large float32 matrix product on ``device``, in 10^9 floating-point operations per second."""
     a = torch.randn(size, size, device=device)
     times = []
     for _ in range(repeats):
@@ -340,11 +342,11 @@ def forward_gflops(classifier):
     return counter.get_total_flops() / 1e9
 
 
-def make_pictures(folder, size, train, test):
-    """Write an ILM-VP folder of smooth random pictures: JPEG of about 200 pixels, or PNG of 32x32."""
+def make_images(folder, size, train, test):
+    """Write an ILM-VP folder of smooth random images: JPEG of about 200 pixels, or PNG of 32x32."""
     generator = np.random.default_rng(0)
 
-    def picture():
+    def image():
         coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         stored = io.BytesIO()
         if size <= 32:
@@ -354,7 +356,7 @@ def make_pictures(folder, size, train, test):
         return stored.getvalue()
 
     def split(count):
-        return [(picture(), i % NUM_CLASSES, f"{i}.img") for i in range(count)]
+        return [(image(), i % NUM_CLASSES, f"{i}.img") for i in range(count)]
 
     names = [f"class {label}" for label in range(NUM_CLASSES)]
     write_ilmvp(folder, train=split(train), test=split(test), class_names=names)

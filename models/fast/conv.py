@@ -1,5 +1,4 @@
-"""A convolution whose weights never change: packed once, fused with what follows it, differentiated to its
-input only.
+"""A convolution whose weights never change: packed once, fused with what follows, differentiated to its input only.
 
 Shapes: n samples, C channels, H x W map; all maps are (n, C, H, W).
 
@@ -29,8 +28,7 @@ def activate(y, name, inplace=False):
 
 
 def activation_gradient(g, y, name):
-    """d loss / d (input of the activation) from g = d loss / d y and its output y, which shows where it is
-    flat."""
+    """Gradient at the activation's input from that at its output, g, and its output y, which shows where it is flat."""
     if name is None:
         return g
     if name == "relu":
@@ -39,8 +37,7 @@ def activation_gradient(g, y, name):
 
 
 def _onednn_operators():
-    """The fused CPU operators of this torch build as (pack, convolve, convolve_add), or None where it lacks
-    them."""
+    """The fused CPU operators (pack, convolve, convolve_add), or None where this build of torch lacks them."""
     try:
         operator = torch.ops.mkldnn._convolution_pointwise
         pack = torch._C._nn.mkldnn_reorder_conv2d_weight

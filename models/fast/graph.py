@@ -1,11 +1,11 @@
-"""A frozen classifier as a graph: BatchNorm folded into convolutions, each convolution fused with what
-follows it.
+"""A frozen classifier as a graph: BatchNorm folded into convolutions, each of them fused with what follows it.
 
 The classifier that is passed in is never changed: the graph works on a copy that shares every tensor with it,
 until one is replaced by its folded form.
 """
 
 import copy
+import itertools
 import math
 import operator
 
@@ -18,6 +18,7 @@ from models.fast.conv import FrozenConv2d
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU_CALLS = {F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"}
 _RELU6_CALLS = {F.relu6}
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # layers that do nothing in eval mode
 
 
 class _LayerTracer(fx.Tracer):
@@ -51,11 +52,10 @@ def share_copy(module):
 
 
 def trace(classifier, example):
-    """The classifier as an `fx.GraphModule` whose nodes know the shape of their values
-    (``node.meta["shape"]``).
+    """The classifier as an `fx.GraphModule` whose nodes know the shape of their values, ``node.meta["shape"]``.
 
-    Convolutions are `FrozenConv2d` layers, still unfused. Raises whatever tracing raises for a network whose
-    control flow depends on its input.
+    Convolutions are `FrozenConv2d` layers, still unfused; layers that do nothing are dropped. Raises whatever tracing
+    raises for a network whose control flow depends on its input.
 
     Parameters
     ----------
@@ -66,9 +66,12 @@ def trace(classifier, example):
     root = _OneInput(share_copy(classifier))
     graph = fx.GraphModule(root, _LayerTracer().trace(root))
     _record_shapes(graph, example)
-    for node in graph.graph.nodes:
-        layer = graph.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Conv2d) and "shape" in node.args[0].meta:
+    for node in list(graph.graph.nodes):
+        layer = _layer(graph, node)
+        if type(layer) in _PASSING:  # between a convolution and its ReLU it would keep the two apart
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif isinstance(layer, nn.Conv2d) and "shape" in node.args[0].meta:
             frozen = freeze(layer, node.args[0].meta["shape"][2:])
             if frozen is not None:
                 _insert_layer(graph, node, frozen)
@@ -76,8 +79,7 @@ def trace(classifier, example):
 
 
 def freeze(conv, size):
-    """`FrozenConv2d` of a plain or TensorFlow-"same" convolution on an H x W ``size`` input; None for other
-    kinds."""
+    """`FrozenConv2d` of a plain or TensorFlow-"same" convolution on an H x W ``size`` input; else None."""
     if conv.padding_mode != "zeros":
         return None
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
@@ -104,7 +106,6 @@ def fold_batchnorm(graph):
         if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
         conv = _layer(graph, node.args[0])
-        activation = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         plain = type(norm) is nn.BatchNorm2d or type(norm).__name__ == "BatchNormAct2d"
         if not isinstance(conv, FrozenConv2d) or len(node.args[0].users) > 1 or not plain:
             continue
@@ -113,8 +114,8 @@ def fold_batchnorm(graph):
         shift = -norm.running_mean.double() * factor
         conv.scale_output(factor, shift if norm.bias is None else shift + norm.bias.detach().double())
         value = node.args[0]
-        for part in activation:  # timm's BatchNormAct2d carries its activation with it
-            if not isinstance(part, nn.Identity):
+        for part in (getattr(norm, "drop", None), getattr(norm, "act", None)):  # of timm's BatchNormAct2d
+            if part is not None and type(part) not in _PASSING:
                 with graph.graph.inserting_before(node):
                     name = _free_name(graph)
                     graph.add_submodule(name, part)
@@ -125,8 +126,7 @@ def fold_batchnorm(graph):
 
 
 def fuse(graph, winograd=False):
-    """Move residual additions and ReLUs into the convolutions that feed them, and ReLUs behind
-    max-pooling."""
+    """Move residual additions and ReLUs into the convolutions that feed them, and ReLUs behind max-pooling."""
     for node in list(graph.graph.nodes):
         if _is_addition(node):
             _fuse_addition(graph, node)
@@ -147,8 +147,9 @@ def _is_addition(node):
 def _fuse_addition(graph, node):
     for value, other in (node.args, node.args[::-1]):
         conv = _layer(graph, value)
-        if isinstance(conv, FrozenConv2d) and conv.activation is None and len(value.args) == 1 and value is not other:
-            if len(value.users) == 1:
+        if isinstance(conv, FrozenConv2d) and conv.activation is None and len(value.args) == len(value.users) == 1:
+            # a step can ask one map for one patch only, where the convolution wants more of it than the addition
+            if other not in (value, value.args[0]):
                 node.op, node.target = "call_module", value.target
                 node.args = (value.args[0], other)
                 graph.graph.erase_node(value)
@@ -160,12 +161,11 @@ def _fuse_activation(graph, node):
     conv = _layer(graph, value)
     if not isinstance(conv, FrozenConv2d) or conv.activation is not None or len(value.users) > 1:
         return
+    if name == "relu6" and len(value.args) > 1:  # oneDNN has no kernel for an addition and a ReLU6
+        return
     pool = next(iter(node.users))
-    if (
-        len(node.users) == 1
-        and isinstance(_layer(graph, pool), nn.MaxPool2d)
-        and not _layer(graph, pool).return_indices
-    ):
+    layer = _layer(graph, pool)
+    if len(node.users) == 1 and isinstance(layer, nn.MaxPool2d) and not layer.return_indices:
         # max and ReLU commute, and behind the pooling there is less to do
         pool.args = (value,)
         pool.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
@@ -195,8 +195,7 @@ def _layer(graph, node):
 
 
 def _free_name(graph):
-    taken = {name for name, _ in graph.named_modules()}
-    return next(name for name in (f"frozen_{i}" for i in range(len(taken) + 1)) if name not in taken)
+    return next(name for name in map("frozen_{}".format, itertools.count()) if not hasattr(graph, name))
 
 
 def _insert_layer(graph, node, layer):

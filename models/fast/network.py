@@ -22,10 +22,10 @@ SWITCHES = {
     "first-layer": "the pattern goes through the first layer once a batch, the images without a gradient",
     "shared-border": "maps around the image computed once a batch",
     "fused-ops": "ReLU and residual additions inside the convolutions; the backward pass keeps outputs alone",
-    "winograd": "3 x 3 convolutions in a quarter of the multiplications (on CPUs, with channels-last and fused-ops)",
+    "winograd": "3 x 3 convolutions in a quarter of the multiplications (on CPUs, with fused-ops)",
 }
 LARGEST_WINDOW = 0.7  # share of a map above which pasting costs more than the border's arithmetic
-REUSED_BLOCK = 28 << 20  # bytes; glibc maps blocks of 32 MiB and more anew every time, a page fault per 4 KiB
+REUSED_BLOCK = 28 << 20  # bytes; glibc maps blocks of 32 MiB and more again every time, a page fault per 4 KiB
 
 
 def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
@@ -39,8 +39,8 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
         With ``forward(images) = embed(images) + pattern()``, as in `models.reprogramming`; on the classifier's
         device.
     switches : iterable of str
-        Names from `SWITCHES`. One that cannot apply to this network, or whose result disagrees with the plain
-        path on two random images, is left out, and `Network.description` says so.
+        Names from `SWITCHES`. One that cannot apply to this network, that fails, or whose result disagrees with the
+        plain path on random images, is left out, and `Network.description` says so and why.
 
     Returns
     -------
@@ -50,6 +50,8 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
     ------
     ValueError
         For an unknown switch.
+    Exception
+        Whatever the classifier raises on images of this size.
     """
     switches = tuple(switches)
     for name in switches:
@@ -57,23 +59,37 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
             close = difflib.get_close_matches(name, SWITCHES, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"unknown switch {name!r}{hint}; choose from {', '.join(SWITCHES)}")
-    left_out = []
-    for suspect in (None, "winograd", "fused-ops", "shared-border", "first-layer", "fold-batchnorm", "channels-last"):
-        if suspect is not None:
-            if suspect not in switches:
-                continue
-            switches = tuple(name for name in switches if name != suspect)
-            left_out.append(suspect)
-        network = Network(classifier, input_vr, switches)
-        if not switches or network.agrees():
-            break
-    if left_out:
-        network.description += f"; left out, as their results disagreed: {', '.join(left_out)}"
+    plain = Network(classifier, input_vr, ())
+    if not switches:
+        return plain
+    expected = _try_out(plain)
+
+    def attempt(parts):
+        """The network with these parts, and None; or why there is none."""
+        try:
+            network = Network(classifier, input_vr, parts)
+            got = _try_out(network)
+        except Exception as error:  # a foreign network can stop the preparation or the trial in any way
+            return None, f"stopped with {type(error).__name__}"
+        agree = all(map(_close, expected, got, (1e-3, 1e-3, 1e-2)))
+        return (network, None) if agree else (None, "gave other results than the plain path")
+
+    network, _ = attempt(switches)
+    if network is None:
+        network, kept, reasons = plain, (), {}
+        for name in (name for name in SWITCHES if name in switches):  # which of them work, one added at a time
+            larger, reason = attempt((*kept, name))
+            if larger is None:
+                reasons.setdefault(reason, []).append(name)
+            else:
+                network, kept = larger, (*kept, name)
+        faults = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+        network.description += f"; left out: {'; '.join(faults)}: same results, slower"
     return network
 
 
 class Network(nn.Module):
-    """Images to pretrained logits, differentiable with respect to the program alone. Made by `build_network`.
+    """Images to pretrained logits, differentiable with respect to the program alone; made by `build_network`.
 
     Attributes
     ----------
@@ -103,9 +119,13 @@ class Network(nn.Module):
         ----------
         images : Tensor (n, 3, h, w), float, in [0, 1], of the size that the input VR takes
         """
-        if self.core is None:
-            return self._plain(images)
         self.input_vr.check_images(images)
+        if len(images) == 1 and images.device.type == "cpu" and torch.is_grad_enabled():
+            # torch (2.13) reads a single image's gradient in another order than it lies in memory, where a BatchNorm
+            # is followed by a reshape and a transpose; with two images it does not
+            return self(torch.cat([images, images]))[:1]
+        if self.core is None:
+            return self.plain[0](self.input_vr(images)).float()
         shared = self._shared() if self._held is None else self._held
         if not self.core.splits_first_layer:
             images = self.core.crop_input(self.input_vr.embed(images) + shared["pattern"])
@@ -115,8 +135,7 @@ class Network(nn.Module):
 
     @contextmanager
     def accumulate(self):
-        """Within this context the program must not change, and what batches share is computed once for all of
-        them.
+        """Compute what batches share once for all batches within this context, where the program must not change.
 
         Calls of ``backward`` inside it collect their gradients where the shared part begins; leaving the
         context takes the sum through that part to ``program.grad``. So one optimiser step may be made of many
@@ -141,37 +160,8 @@ class Network(nn.Module):
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
 
-    def agrees(self):
-        """Whether logits and gradient equal those of the plain path, within rounding, on two random
-        images."""
-        program, generator = self.input_vr.program, torch.Generator().manual_seed(0)
-        images = torch.rand(2, 3, self.image_size, self.image_size, generator=generator).to(program)
-        noise = torch.randn(program.shape, generator=generator).to(program)
-        start = program.detach().clone()
-        # a fresh program is constant: its maps are full of ties, which a max-pooling may break either way
-        program.data.add_(noise)
-        try:
-            with _strict_float32():
-                results = [self._differentiate(path, images) for path in (self._plain, self)]
-        finally:
-            program.data.copy_(start)
-        logits, gradients = zip(*results, strict=True)
-        return _close(*logits, 1e-3) and _close(*gradients, 1e-2)
-
-    def _plain(self, images):
-        return self.plain[0](self.input_vr(images)).float()
-
-    def _differentiate(self, path, images):
-        with torch.enable_grad():
-            logits = path(images)
-            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
-            if not logits.requires_grad:  # an input VR without a pattern
-                return logits, torch.zeros(1)
-            return logits.detach(), torch.autograd.grad((logits * weights).sum(), self.input_vr.program)[0]
-
     def _prepare(self, classifier):
-        self.image_size = getattr(self.input_vr, "image_size", self.input_vr.canvas_size)
-        black, window, scale = _probe(self.input_vr, self.image_size)
+        black, window, scale = _probe(self.input_vr)
         if "channels-last" in self.switches:
             black = black.contiguous(memory_format=torch.channels_last)
         self.register_buffer("black", black, persistent=False)
@@ -190,27 +180,26 @@ class Network(nn.Module):
             graph, window, scale, first_layer="first-layer" in self.switches,
             largest_window=LARGEST_WINDOW if "shared-border" in self.switches else 0.0,
         )  # fmt: skip
-        notes = [name for name in SWITCHES if name in self.switches - {"first-layer", "shared-border", "winograd"}]
-        if "winograd" in self.switches:
-            convolutions = [layer for layer in graph.modules() if isinstance(layer, FrozenConv2d)]
-            count = sum(layer.may_use_winograd for layer in convolutions) if "channels-last" in self.switches else 0
-            notes.append(f"winograd in {count} layers" if count else "no winograd (no layer that it can speed up)")
-        if "first-layer" in self.switches:
-            notes.append("first-layer" if self.core.splits_first_layer else "no first-layer (no convolution)")
-        if "shared-border" in self.switches:
-            count = self.core.windowed
-            notes.append(f"shared-border over {count} layers" if count else "no shared-border (windows too large)")
-        self.description = "fast path: " + ", ".join(notes)
+        fast = sum(isinstance(layer, FrozenConv2d) and layer.may_use_winograd for layer in graph.modules())
+        notes = {name: name for name in SWITCHES}
+        notes["winograd"] = f"winograd in {fast} layers" if fast else "no winograd (no layer that it can speed up)"
+        notes["shared-border"] = f"shared-border over {self.core.windowed} layers"
+        if not self.core.splits_first_layer:
+            notes["first-layer"] = "no first-layer (it is not a single convolution)"
+        if not self.core.windowed:
+            notes["shared-border"] = "no shared-border (the images reach all of the maps)"
+        self.description = "fast path: " + ", ".join(notes[name] for name in SWITCHES if name in self.switches)
 
     def _prepare_untraced(self, classifier, window, scale, error):
-        self.description = f"plain path: the network cannot be traced ({type(error).__name__})"
+        reason = f"as the code of this network cannot be recorded ahead ({type(error).__name__}): same results, slower"
+        self.description = f"plain path, {reason}"
         if "first-layer" in self.switches:
             core = SplitStem(share_copy(classifier), self.black, window, scale)
             if core.splits_first_layer:
                 if "channels-last" in self.switches:
                     _channels_last(core)
                 self.core = core
-                self.description = f"fast path: first-layer alone, as tracing failed ({type(error).__name__})"
+                self.description = f"fast path: first-layer alone, {reason}"
 
     def _shared(self):
         pattern = self.input_vr.pattern()
@@ -220,15 +209,36 @@ class Network(nn.Module):
         return shared
 
 
-def _probe(input_vr, image_size):
-    """What the embedding does: the canvas of a black image, the image's window on it, the scale of its
-    pixels."""
-    pixels = input_vr.program.detach().new_zeros(1, 3, image_size, image_size)
+def _probe(input_vr):
+    """Canvas of a black image, the image's window on it, and the factor on its pixels."""
+    pixels = input_vr.program.detach().new_zeros(1, 3, input_vr.image_size, input_vr.image_size)
     black, white = input_vr.embed(pixels), input_vr.embed(pixels + 1)
     touched = (white != black).flatten(0, 1).any(0)
     rows, columns = touched.any(1).nonzero().flatten().tolist(), touched.any(0).nonzero().flatten().tolist()
     window = (rows[0], rows[-1] + 1), (columns[0], columns[-1] + 1)
     return black, window, 1 / input_vr.std
+
+
+def _try_out(network):
+    """Logits of one and of two random images, and the latter's gradient of the program, under a random program."""
+    program, size, generator = network.input_vr.program, network.input_vr.image_size, torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, size, size, generator=generator).to(program)
+    noise = torch.randn(program.shape, generator=generator).to(program)
+    start = program.detach().clone()
+    # a fresh program is constant: its maps are full of ties, which a max-pooling may break either way
+    program.data.add_(noise)
+    try:
+        with _strict_float32():
+            with torch.inference_mode():
+                first = network(images[:1])
+            with torch.enable_grad():
+                logits = network(images)
+                weights = torch.randn(logits.shape, generator=generator).to(logits)
+                loss = (logits * weights).sum()
+                gradient = torch.autograd.grad(loss, program)[0] if loss.requires_grad else start
+    finally:
+        program.data.copy_(start)
+    return first, logits.detach(), gradient
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""What a batch shares is computed once: the pattern's way through the first layer, and every map around the
-images.
+"""What a batch shares is computed once: the pattern's way through the first layer, and all maps around the images.
 
 With a padding VR each canvas of a batch is the same outside the image, and in eval mode so is every feature
 map outside the *window* that the image can reach. A map of the batch is therefore carried as one *shared*
@@ -28,7 +27,7 @@ from models.fast.conv import NO_PADDING, FrozenConv2d, activate, activation_grad
 from models.fast.graph import ADDITIONS, freeze
 
 _POINTWISE_LAYERS = (
-    nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU,
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU,
     nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Mish, nn.BatchNorm2d,
 )  # fmt: skip
 _POINTWISE_CALLS = {
@@ -39,8 +38,7 @@ _POINTWISE_CALLS = {
 
 @dataclass(frozen=True)
 class Sliding:
-    """How a sliding layer reads its input along one axis: ``span`` pixels from ``output * stride - before``
-    on."""
+    """How a sliding layer reads its input along an axis: ``span`` pixels from ``output * stride - before`` on."""
 
     span: int
     stride: int
@@ -72,8 +70,7 @@ class Fetch:
 
 @dataclass
 class Step:
-    """One node of the windowed network: its window, how it gets its inputs, and the padding left for it to
-    add."""
+    """One node of the windowed network: its window, how it gets its inputs, the padding left for it to add."""
 
     window: tuple = None
     fetches: dict = field(default_factory=dict)  # source node -> Fetch, where the source's window itself won't do
@@ -81,8 +78,7 @@ class Step:
 
 
 class _Paste(torch.autograd.Function):
-    """Windows (n, C, h, w) inside surroundings (1, C, H, W) that the batch shares; either may carry a
-    gradient."""
+    """Windows (n, C, h, w) inside surroundings (1, C, H, W) of the whole batch; either may carry a gradient."""
 
     @staticmethod
     def forward(ctx, surroundings, windows, top, left):
@@ -267,8 +263,7 @@ class WindowedNetwork(nn.Module):
         return self._is_map(node) and self.steps[node].window != self._whole(node)
 
     def _split_stem(self, scale):
-        """The images' share of the first layer: weights times the embedding's scale, no bias, no
-        activation."""
+        """Take the images' share of the first layer apart from the pattern's."""
         self.image_conv = self.stem_activation = None
         if self.stem is None:
             return
@@ -336,7 +331,7 @@ class WindowedNetwork(nn.Module):
                 (top, bottom), (left, right) = self.image_margins
                 own = self.image_conv(F.pad(images, (left, right, top, bottom)))
                 values[node] = _AddShared.apply(own, shared[node], self.stem_activation)
-            elif _reads_shape(node):
+            elif _reads_shape(node) and self._partial(node.args[0]):
                 whole = images.new_empty(()).expand(len(images), *node.args[0].meta["shape"][1:])
                 values[node] = self._call(node, {node.args[0]: whole}.__getitem__)
             elif node.op != "placeholder":
@@ -442,8 +437,7 @@ class _SharedStem(nn.Module):
 
 
 def _without_bias(layer, scale, padding):
-    """The images' share of a first layer: no bias, no activation, the embedding's scale within the
-    weights."""
+    """The images' share of a first layer: no bias, no activation, the embedding's scale within the weights."""
     conv = FrozenConv2d(layer.weight, None, layer.stride, padding, layer.dilation, layer.groups)
     conv.scale_input(scale.flatten())
     conv.fused, conv.winograd = layer.fused, layer.winograd
@@ -451,8 +445,7 @@ def _without_bias(layer, scale, padding):
 
 
 class _AddShared(torch.autograd.Function):
-    """activation(own + shared), written over ``own``; the gradient goes to ``shared`` alone, summed over the
-    batch."""
+    """activation(own + shared), written over ``own``; the gradient, summed over the batch, is that of ``shared``."""
 
     @staticmethod
     def forward(ctx, own, shared, activation):

@@ -1,7 +1,7 @@
 """3 x 3 convolutions with frozen weights in a quarter of the multiplications (Winograd's F(4 x 4, 3 x 3)), on CPUs.
 
 A tile of 4 x 4 outputs needs 6 x 6 inputs d and the kernel g: y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A (Lavin and Gray, CVPR
-2016). The ⊙ is summed over channels: 36 matrix products of (tiles, C) by (C, K), 2.25 multiplications an output and
+2016). The ⊙ is summed over channels: 36 matrix products of (tiles, C) by (C, K), 2.25 multiplications per output and
 channel instead of 9. G g Gᵀ is computed once, as the weights are frozen. The transforms of inputs and outputs cost
 additions in proportion to C + K where the products save in proportion to C·K: it pays from about 128 channels on.
 

@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from models import PaddingVR, WatermarkingVR
-from models.fast import winograd
+from models import clip as clip_module
+from models.clip import ClipNet
+from models.clip_weights import import_open_clip
+from models.fast import network as network_module
+from models.fast import shared_border, winograd
 from models.fast.conv import FrozenConv2d, _flipped
 from models.fast.network import SWITCHES, build_network
 from models.fast.shared_border import Sliding
@@ -155,6 +159,14 @@ def test_without_switches_the_network_is_the_plain_expression():
     assert network.description == "plain path"
 
 
+def test_a_program_without_a_gradient():
+    net, input_vr = random_net(3, 48, torch.float32), WatermarkingVR(48, 10, MEAN, STD)
+    input_vr.program.requires_grad_(False)
+    network = build_network(net, input_vr)
+    assert network.switches == set(SWITCHES)
+    torch.testing.assert_close(network(images_for(input_vr)), net(input_vr(images_for(input_vr))), rtol=1e-4, atol=1e-5)
+
+
 def resnet(name):
     from models.torchvision_shim import ensure_torchvision
 
@@ -217,6 +229,100 @@ def test_vision_transformer_splits_its_patch_embedding():
         assert_same(net, network, input_vr, images_for(input_vr))
 
 
+class OnePatchEach(nn.Module):
+    """Input and residual of one convolution are the same map, of which they need different patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.body(x)).relu().mean((2, 3)))
+
+
+class Partition(nn.Module):
+    """Maps are cut into tiles along the first axis, whose length is asked for afterwards, as in Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3, 1, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 4, 4)
+        tiles, c, _, _ = x.shape
+        x = x.view(tiles, c, -1).softmax(2).amax(2)
+        return self.head(x.view(n, -1, c).mean(1))
+
+
+@pytest.mark.parametrize("kind", [OnePatchEach, Partition])
+@pytest.mark.parametrize("image", [8, 20])
+def test_maps_that_are_asked_for_in_two_ways(kind, image):
+    net, input_vr = settle(kind()), with_random_program(PaddingVR(40, image, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert network.switches == set(SWITCHES) and "fused-ops" in network.description
+    assert_same(net, network, input_vr, images_for(input_vr))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "dpn48b", "hardcorenas_a"])
+def test_activations_within_batchnorm_keep_the_whole_fast_path(name):
+    net, input_vr = timm_model(name), with_random_program(PaddingVR(64, 15, MEAN, STD))
+    network = build_network(net, input_vr)
+    assert network.switches == set(SWITCHES)
+    calls = [str(node.target) for node in network.core.graph.graph.nodes if node.op == "call_module"]
+    added = [name for name in calls if name.startswith("frozen_")]
+    assert len(added) == len(set(added)) > 20
+    assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 5e-3)
+
+
+def test_layers_that_do_nothing_stand_between_no_convolution_and_its_relu():
+    # 8 blocks of 3 convolutions; behind the stem the ReLU goes behind the pooling
+    network = build_network(timm_model("resnet26"), with_random_program(PaddingVR(64, 15, MEAN, STD)))
+    convolutions = [layer for layer in network.core.graph.modules() if isinstance(layer, FrozenConv2d)]
+    assert sum(layer.activation == "relu" for layer in convolutions) == 24
+
+
+class Tokens(nn.Module):
+    """A BatchNorm whose output is laid out as tokens: for one image torch mistakes its gradient's layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x).relu()).flatten(2).transpose(1, 2)
+        return self.head(x.tanh()).square().mean(1)
+
+
+@pytest.mark.parametrize("switches", [(), ("first-layer",), ("channels-last",), tuple(SWITCHES)])
+def test_gradient_of_a_single_image(switches):
+    net, input_vr = settle(Tokens()), with_random_program(WatermarkingVR(32, 8, MEAN, STD))
+    images, network = images_for(input_vr), build_network(net, input_vr, switches=switches)
+    (expected,) = torch.autograd.grad(net(input_vr(images))[:1].sum(), input_vr.program)
+    (got,) = torch.autograd.grad(network(images[:1]).sum(), input_vr.program)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tower", [
+    {"patch_size": 16, "width": 64, "head_width": 32, "layers": 2},
+    {"layers": [1, 1, 1, 1], "width": 16, "head_width": 16},
+], ids=["transformer", "resnet"])  # fmt: skip
+def test_clip_takes_the_whole_fast_path(tower):
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = settle(import_open_clip().CLIP(32, {"image_size": 64, **tower}, text))
+        net = ClipNet(clip.visual, nn.functional.normalize(torch.randn(7, 32), dim=-1), clip.logit_scale)
+    for input_vr in (PaddingVR(64, 30, MEAN, STD), WatermarkingVR(64, 8, MEAN, STD)):
+        network = build_network(net, with_random_program(input_vr))
+        assert "fused-ops" in network.description and network.switches == set(SWITCHES)
+        assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 5e-3)
+        calls = [node.target for node in network.core.graph.graph.nodes]
+        assert calls[-2] is clip_module._scaled_cosines  # whole, with its own precision
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -231,10 +337,13 @@ class Branching(nn.Module):
 def test_an_untraceable_network_still_splits_its_first_layer():
     net, input_vr = settle(Branching()), with_random_program(PaddingVR(40, 11, MEAN, STD))
     network = build_network(net, input_vr)
-    assert network.description.startswith("fast path: first-layer alone, as tracing failed")
+    assert network.description == (
+        "fast path: first-layer alone, as the code of this network cannot be recorded ahead (TraceError): "
+        "same results, slower"
+    )
     assert_same(net, network, input_vr, images_for(input_vr))
     network = build_network(net, input_vr, switches=["fused-ops"])
-    assert network.description.startswith("plain path: the network cannot be traced")
+    assert network.description.startswith("plain path, as the code of this network cannot be recorded ahead")
     assert_same(net, network, input_vr, images_for(input_vr))
 
 
@@ -321,8 +430,37 @@ def test_a_kernel_that_disagrees_is_left_out(monkeypatch):
     monkeypatch.setattr(FrozenConv2d, "compute", broken)
     net, input_vr = random_net(7, 48, torch.float32), with_random_program(PaddingVR(48, 10, MEAN, STD))
     network = build_network(net, input_vr)
-    assert network.description.endswith("left out, as their results disagreed: winograd, fused-ops")
+    fault = "; left out: fused-ops (gave other results than the plain path): same results, slower"
+    assert network.description.endswith(fault) and "shared-border over" in network.description
     assert_same(net, network, input_vr, images_for(input_vr), 1e-5, 1e-3)
+
+
+def test_a_kernel_that_is_wrong_for_one_image_is_left_out(monkeypatch):
+    compute = FrozenConv2d.compute
+    monkeypatch.setattr(
+        FrozenConv2d, "compute",
+        lambda self, x, *rest: compute(self, x, *rest) * (1.1 if self.fused and len(x) == 1 else 1),
+    )  # fmt: skip
+    net, input_vr = random_net(7, 48, torch.float32), with_random_program(WatermarkingVR(48, 4, MEAN, STD))
+    network = build_network(net, input_vr, switches=("fold-batchnorm", "fused-ops"))
+    assert network.switches == {"fold-batchnorm"} and "left out: fused-ops" in network.description
+
+
+def test_what_fails_is_left_out_by_name_and_without_a_traceback(monkeypatch):
+    def fail(*args):
+        raise IndexError("inside a part")
+
+    net, input_vr = random_net(7, 48, torch.float32), with_random_program(PaddingVR(48, 10, MEAN, STD))
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_border._Paste, "forward", fail)
+        network = build_network(net, input_vr)
+        assert network.switches == set(SWITCHES) - {"first-layer", "shared-border"}
+        fault = "; left out: first-layer, shared-border (stopped with IndexError): same results, slower"
+        assert network.description.endswith(fault)
+    monkeypatch.setattr(network_module, "trace", lambda *args: nn.Identity())
+    network = build_network(net, input_vr)
+    assert network.description.startswith(f"plain path; left out: {', '.join(SWITCHES)} (stopped with ")
+    assert_same(net, network, input_vr, images_for(input_vr))
 
 
 @pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
