@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .discriminant import lda, tuned_lda, within_covariance
 from .estimators import labels_without_mass, one_to_one
+from .moments import Moments
 from .statistics import Statistics
 
 _LABELS_NAMED = 20  # in a warning
 _DIGEST_ROWS = 64  # of ω at once
+_NEVER = -1e30  # bias of a label that lda has no sample of
 
 
 class LabelMapping(nn.Module):
@@ -114,7 +117,7 @@ class LabelMapping(nn.Module):
         """Make what was observed the mapping, and clear the statistics.
 
         A downstream label that was not observed gets a uniform column 1/S or, one-to-one, an unused
-        pretrained label; one warning names such labels.
+        pretrained label; with `lda` it is never predicted. One warning names such labels.
 
         Raises
         ------
@@ -131,7 +134,7 @@ class LabelMapping(nn.Module):
             raise RuntimeError(f"{self.name}: refresh() without a sample observed since the last one")
         try:
             table = self._statistics.table()
-            absent = labels_without_mass(table)
+            absent = self._absent(table)
             self._estimate(table)
         finally:
             self._statistics.clear()
@@ -165,6 +168,9 @@ class LabelMapping(nn.Module):
 
     def _estimate(self, table):
         raise AssertionError("only estimated mappings have statistics")
+
+    def _absent(self, table):
+        return labels_without_mass(table)
 
     def _warn_once(self, absent):
         if not absent or tuple(absent) in self._warned:
@@ -277,6 +283,78 @@ class MatrixMapping(LabelMapping):
         self.ready, device = False, self._weights.device
         self._weights = self._weights.new_empty(0)
         self._weights = self.estimator(table).to(device)
+
+
+class LdaMapping(LabelMapping):
+    """Linear discriminant analysis on the pretrained logits (`lda`): ``logits @ weights + bias``.
+
+    An addition to the paper's mappings. See `mapping.discriminant`.
+
+    Parameters
+    ----------
+    name : str
+    num_source, num_target : int
+    shrinkage : float in [0, 1] or "auto"
+        Of the covariance; "auto" chooses it, and a temperature, again in every `refresh`.
+    iterative : bool
+
+    Attributes
+    ----------
+    shrinkage, temperature : float
+        Those of the present mapping; a given shrinkage goes with temperature 1.
+    """
+
+    _fallback = "they are never predicted"
+
+    def __init__(self, name, num_source, num_target, shrinkage="auto", iterative=True):
+        super().__init__(name, num_source, num_target, Moments(num_source, num_target, sampled=shrinkage == "auto"))
+        self.iterative, self._given = iterative, shrinkage
+        self.register_buffer("_weights", torch.zeros(num_source, num_target))
+        self.register_buffer("_bias", torch.zeros(num_target))
+        self.register_buffer("_chosen", torch.tensor([math.nan, 1.0], dtype=torch.float64))
+
+    @property
+    def weights(self):
+        self._check_ready()
+        return self._weights
+
+    @property
+    def bias(self):
+        self._check_ready()
+        return self._bias
+
+    @property
+    def shrinkage(self):
+        return float(self._chosen[0])
+
+    @property
+    def temperature(self):
+        return float(self._chosen[1])
+
+    def forward(self, logits):
+        """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
+        self._check(logits)
+        return _float32_product(logits, self._weights) + self._bias
+
+    def _absent(self, moments):
+        return (moments.counts == 0).nonzero().flatten().tolist()
+
+    def _estimate(self, moments):
+        seen = (moments.counts > 0).nonzero().flatten()
+        counts, means = moments.counts[seen], moments.means[seen]
+        covariance = within_covariance(counts, means, moments.scatter)
+        if self._given == "auto":
+            labels = torch.searchsorted(seen, moments.labels)
+            weights, bias, *chosen = tuned_lda(counts, means, covariance, moments.rows, labels)
+        else:
+            weights, bias = lda(counts, means, covariance, self._given)
+            chosen = self._given, 1.0
+        # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
+        self._weights = torch.full_like(self._weights, 1 / self.num_source)
+        self._bias = torch.full_like(self._bias, _NEVER)
+        self._weights[:, seen] = weights.to(self._weights)
+        self._bias[seen] = bias.to(self._bias)
+        self._chosen = self._chosen.new_tensor(chosen)
 
 
 class LinearMapping(LabelMapping):

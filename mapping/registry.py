@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from .estimators import bayesian, frequencies
-from .label_mapping import LinearMapping, MatrixMapping, OneToOneMapping
+from .label_mapping import LdaMapping, LinearMapping, MatrixMapping, OneToOneMapping
 from .settings import Setting
 
 LAPLACE = Setting(
@@ -23,6 +23,17 @@ LINEAR_VARIANT = Setting(
 BAYES = Setting("bayes", True, "ablation: ω from P(s|t) in place of P(t|s)")
 TOPK = Setting("topk", True, "ablation: each image counts with all S probabilities")
 ITERATION = Setting("iteration", True, "ablation: estimate ω once, before epoch 0")
+
+
+def _auto_or_number(text):
+    return text if text == "auto" else float(text)
+
+
+SHRINKAGE = Setting(
+    "shrinkage", "auto",
+    "lda: how far the covariance is shrunk to a multiple of the identity, 0 to 1; auto chooses it by leave-one-out",
+    "auto or in [0, 1]", lambda value: value == "auto" or 0 <= value <= 1, type=_auto_or_number,
+)  # fmt: skip
 
 
 def _rlm(num_source, num_target, *, seed):
@@ -49,6 +60,10 @@ def _blmpp(num_source, num_target, *, seed, laplace, topk_ratio, bayes, topk, it
 
 def _posterior(laplace, bayes):
     return partial(bayesian, laplace=laplace) if bayes else frequencies
+
+
+def _lda(num_source, num_target, *, seed, shrinkage, iteration):
+    return LdaMapping("lda", num_source, num_target, shrinkage, iterative=iteration)
 
 
 def _linear(num_source, num_target, *, seed, linear_variant):
@@ -80,6 +95,7 @@ MAPPINGS = {
     "ilm": Method(_ilm, (ITERATION,)),
     "blm": Method(_blm, (LAPLACE, BAYES, ITERATION)),
     "blmpp": Method(_blmpp, (LAPLACE, TOPK_RATIO, BAYES, TOPK, ITERATION)),
+    "lda": Method(_lda, (SHRINKAGE, ITERATION)),
     "linear": Method(_linear, (LINEAR_VARIANT,), trained=True),
 }
 ALIASES = {"blm+": "blmpp", "blmp": "blmpp"}
@@ -139,7 +155,7 @@ def build_mapping(name, num_source, num_target, *, seed=0, **settings):
     seed : int
         Of rlm's draw and linear's initial weights; torch's global generators are not touched.
     **settings
-        Any setting of any mapping (`mapping_settings`): ``laplace=1.0``, ``topk_ratio=0.15``,
+        Any setting of any mapping (`mapping_settings`): ``laplace=1.0``, ``topk_ratio=0.15``, ``shrinkage="auto"``,
         ``linear_variant="none"``, ``bayes=True``, ``topk=True``, ``iteration=True``. Each is checked; those that are
         not this mapping's have no effect.
 

@@ -82,21 +82,10 @@ class Table:
             self._make_dense()
             dist.all_reduce(self.dense)
             return
-        size = torch.tensor([len(self.keys)], device=self.device)
-        sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, size)
-        sizes = [int(size) for size in sizes]
-        keys, values = (self._gather(mine, sizes) for mine in (self.keys, self.values))
+        keys, values = gather_rows(self.keys, self.values)
         self.keys, self.values = self.keys[:0], self.values[:0]
-        self.pending, self.num_pending = list(zip(keys, values, strict=True)), sum(sizes)
+        self.pending, self.num_pending = list(zip(keys, values, strict=True)), sum(map(len, keys))
         self._merge()
-
-    @staticmethod
-    def _gather(mine, sizes):
-        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine))])
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
-        return [theirs[:size] for theirs, size in zip(gathered, sizes, strict=True)]
 
     def _merge(self):
         if self.pending:
@@ -117,32 +106,44 @@ class Table:
             self.keys, self.values = self.keys[:0].clone(), self.values[:0].clone()
 
 
-class Statistics:
-    """What one pass over the training set leaves of its logits: an (S, T) table.
+def gather_rows(*tensors):
+    """Tensors of equal length, whose length differs from rank to rank: for each of them the list of all ranks' own."""
+    size = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    sizes = [int(size) for size in sizes]
+    lists = []
+    for mine in tensors:
+        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine), *mine.shape[1:])])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        lists.append([theirs[:size] for theirs, size in zip(gathered, sizes, strict=True)])
+    return lists
 
-    Without `k`, ``counts[s, t]``: samples with highest pretrained logit s and downstream label t, int64.
-    With `k`, ``mass[s, t]``: sum over samples of label t of their probability of s, where each sample keeps
-    the k largest of its S softmax probabilities; softmax and top-k in float32, sum in float64.
 
-    The table lives where the logits are. On an accelerator `observe` waits for nothing: what is wrong with
-    labels or logits is noted there, and raised by `table`.
+class Stream:
+    """What one pass over the training set leaves of its logits, gathered batch by batch.
+
+    It lives where the logits are. On an accelerator `observe` waits for nothing: what is wrong with labels or logits
+    is noted there, and raised by `table`. A kind of statistics defines the methods that are not implemented here.
 
     Parameters
     ----------
     num_source, num_target : int
         S and T.
-    k : int or None, 1 <= k <= S
     """
 
-    def __init__(self, num_source, num_target, k=None):
-        self.num_source, self.num_target, self.k = num_source, num_target, k
+    k = None
+
+    def __init__(self, num_source, num_target):
+        self.num_source, self.num_target = num_source, num_target
         self.clear()
 
     def clear(self):
         """Forget everything observed."""
         self.num_samples = 0
-        self._table = None
         self._extremes = None  # int64 on the device: [is any logit not finite, -lowest label, highest label]
+        self._clear()
 
     def observe(self, logits, labels):
         """Add a batch.
@@ -173,24 +174,18 @@ class Statistics:
         lowest, highest = labels.aminmax()
         if labels.device.type == "cpu":
             self._check_labels(int(lowest), int(highest))
-        self._place(logits.device)
+        self._place_all(logits.device)
         self.num_samples += len(logits)
         clipped = labels.clamp(0, self.num_target - 1)  # out of range, an accelerator would abort the process
-        rows = max(1, _SCRATCH_CELLS // (self.num_source + 4 * (self.k or 1)))
+        rows = max(1, self._rows_at_once())
         finite = True
         for logits_ns, labels_n in zip(logits.split(rows), clipped.split(rows), strict=True):
-            values_nk, source_nk = self._predict(logits_ns)
-            # NaN and infinity prevail in maximum and softmax, so the kept values tell of the whole row.
-            finite = values_nk.isfinite().all() & finite
-            if self.k is None:
-                values_nk = torch.ones_like(source_nk)
-            keys_nk = source_nk * self.num_target + labels_n[:, None]
-            self._table.add(keys_nk.flatten(), values_nk.to(self._table.values.dtype).flatten())
+            finite = self._add(logits_ns, labels_n) & finite
         extremes = torch.stack([finite.logical_not().to(torch.int64), -lowest, highest])
         self._extremes = extremes if self._extremes is None else self._extremes.maximum(extremes)
 
     def table(self):
-        """The (S, T) table of all that was observed, strided or sparse COO.
+        """All that was observed, as the estimator of the mapping takes it.
 
         Raises
         ------
@@ -204,7 +199,7 @@ class Statistics:
         if not_finite:
             raise FloatingPointError("logits were not finite: no label mapping can be estimated from them")
         self._check_labels(-minus_lowest, highest)
-        return self._table.tensor()
+        return self._result()
 
     def all_reduce(self, device):
         """Sum over all ranks of torch.distributed, each of which must call this.
@@ -212,23 +207,22 @@ class Statistics:
         Parameters
         ----------
         device : torch.device
-            Where the table is made on a rank that observed nothing.
+            Where the statistics are made on a rank that observed nothing.
         """
-        self._place(device if self._table is None else self._table.device)
+        self._place_all(device if self._extremes is None else self._extremes.device)
         if self._extremes is None:
-            self._extremes = torch.tensor([0, -self.num_target, -1], device=self._table.device)
-        num_samples = torch.tensor([self.num_samples], device=self._table.device)
+            self._extremes = torch.tensor([0, -self.num_target, -1], device=device)
+        num_samples = torch.tensor([self.num_samples], device=self._extremes.device)
         dist.all_reduce(num_samples)
         dist.all_reduce(self._extremes, dist.ReduceOp.MAX)
-        self._table.all_reduce()
+        self._all_reduce()
         self.num_samples = int(num_samples)
 
     def state(self):
         """Everything as tensors and plain values, or None if nothing was observed."""
         if not self.num_samples:
             return None
-        keys, values = self._table.entries()
-        return {"num_samples": self.num_samples, "extremes": self._extremes, "keys": keys, "values": values}
+        return {"num_samples": self.num_samples, "extremes": self._extremes, **self._state()}
 
     def load_state(self, state, device):
         """Restore what `state` returned, on ``device``.
@@ -236,22 +230,68 @@ class Statistics:
         Raises
         ------
         ValueError
-            Where that is no state of such a table.
+            Where that is no state of such statistics.
         """
         self.clear()
         if state is None:
             return
-        keys, values, extremes = (state[name].to(device) for name in ("keys", "values", "extremes"))
-        self._place(values.device)
-        integers = keys.dtype == extremes.dtype == torch.int64 and isinstance(state["num_samples"], int)
-        fits = integers and values.dtype == self._table.values.dtype and extremes.shape == (3,)
-        fits = fits and keys.ndim == 1 and keys.shape == values.shape and state["num_samples"] > 0
-        fits = fits and (not len(keys) or 0 <= int(keys.min()) <= int(keys.max()) < self._table.num_cells)
-        if not fits or int(extremes[0]) not in (0, 1) or not 0 <= -extremes[1] <= extremes[2] < self.num_target:
+        num_samples, extremes = state["num_samples"], state["extremes"].to(device)
+        self._place_all(device)
+        fits = extremes.dtype == torch.int64 and extremes.shape == (3,) and isinstance(num_samples, int)
+        fits = fits and num_samples > 0 and int(extremes[0]) in (0, 1)
+        fits = fits and 0 <= -extremes[1] <= extremes[2] < self.num_target
+        if not fits or not self._load(state, num_samples, device):
             self.clear()
             raise ValueError(f"not the statistics of {self.num_source} pretrained and {self.num_target} labels")
-        self.num_samples, self._extremes = state["num_samples"], extremes.clone()
-        self._table.add(keys, values)
+        self.num_samples, self._extremes = num_samples, extremes.clone()
+
+    def _place_all(self, device):
+        self._place(device)
+        if self._extremes is not None:
+            self._extremes = self._extremes.to(device)
+
+    def _check_labels(self, lowest, highest):
+        if lowest < 0 or highest >= self.num_target:
+            raise ValueError(
+                f"got downstream labels from {lowest} to {highest}, expected 0 to {self.num_target - 1}: "
+                f"is num_target={self.num_target} the number of classes?"
+            )
+
+
+class Statistics(Stream):
+    """An (S, T) table of (predicted pretrained label, true downstream label).
+
+    Without `k`, ``counts[s, t]``: samples with highest pretrained logit s and downstream label t, int64.
+    With `k`, ``mass[s, t]``: sum over samples of label t of their probability of s, where each sample keeps
+    the k largest of its S softmax probabilities; softmax and top-k in float32, sum in float64.
+    `table` gives a strided or a sparse COO tensor.
+
+    Parameters
+    ----------
+    num_source, num_target : int
+        S and T.
+    k : int or None, 1 <= k <= S
+    """
+
+    def __init__(self, num_source, num_target, k=None):
+        super().__init__(num_source, num_target)
+        self.k = k
+
+    def _clear(self):
+        self._table = None
+
+    def _rows_at_once(self):
+        return _SCRATCH_CELLS // (self.num_source + 4 * (self.k or 1))
+
+    def _add(self, logits_ns, labels_n):
+        values_nk, source_nk = self._predict(logits_ns)
+        # NaN and infinity prevail in maximum and softmax, so the kept values tell of the whole row.
+        finite = values_nk.isfinite().all()
+        if self.k is None:
+            values_nk = torch.ones_like(source_nk)
+        keys_nk = source_nk * self.num_target + labels_n[:, None]
+        self._table.add(keys_nk.flatten(), values_nk.to(self._table.values.dtype).flatten())
+        return finite
 
     def _predict(self, logits_ns):
         """The values (n, k) that each row of logits keeps, and the pretrained labels they belong to."""
@@ -262,17 +302,28 @@ class Statistics:
             return probability_ns, torch.arange(self.k, device=logits_ns.device).expand_as(probability_ns)
         return probability_ns.topk(self.k, dim=1, sorted=False)
 
+    def _result(self):
+        return self._table.tensor()
+
+    def _all_reduce(self):
+        self._table.all_reduce()
+
+    def _state(self):
+        keys, values = self._table.entries()
+        return {"keys": keys, "values": values}
+
+    def _load(self, state, num_samples, device):
+        keys, values = state["keys"].to(device), state["values"].to(device)
+        fits = keys.dtype == torch.int64 and values.dtype == self._table.values.dtype
+        fits = fits and keys.ndim == 1 and keys.shape == values.shape
+        fits = fits and (not len(keys) or 0 <= int(keys.min()) <= int(keys.max()) < self._table.num_cells)
+        if fits:
+            self._table.add(keys, values)
+        return fits
+
     def _place(self, device):
         if self._table is None:
             dtype = torch.int64 if self.k is None else torch.float64
             self._table = Table(self.num_source, self.num_target, dtype, device)
         elif self._table.device != device:
             self._table.to(device)
-            self._extremes = self._extremes.to(device)
-
-    def _check_labels(self, lowest, highest):
-        if lowest < 0 or highest >= self.num_target:
-            raise ValueError(
-                f"got downstream labels from {lowest} to {highest}, expected 0 to {self.num_target - 1}: "
-                f"is num_target={self.num_target} the number of classes?"
-            )

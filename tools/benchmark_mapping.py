@@ -98,7 +98,7 @@ def measure(name, num_source, num_target, num_samples, batch_size, device="cpu")
         logits.scatter_(1, predicted, replaced)
     _synchronize(device)
     observed = time.perf_counter()
-    statistics = "sparse" if mapping._statistics.table().is_sparse else "dense"
+    statistics = "sparse" if getattr(mapping._statistics.table(), "is_sparse", False) else "dense"
     mapping.refresh()
     _synchronize(device)
     refreshed = time.perf_counter()
