@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.classifiers import Classifier
-from models.clip_weights import find_weights, import_open_clip, is_torchscript, load_weights, one_line
+from models.clip_weights import find_weights, import_open_clip, load_weights, read_openais
 from models.text_embeddings import embed_texts
+from models.weight_files import one_line
 
 # A CLIP of open_clip's own classes for smoke tests: every part is there, nothing in it means anything.
 TINY_BACKBONE = "tiny-test"
@@ -97,9 +98,9 @@ class Clip:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
 
-    def classifier(self, prompts, cache_path=None, device="cpu"):
+    def classifier(self, prompts, cache_path=None, device="cpu", should_stop=lambda: False):
         """The `ClipClassifier` of these prompts; once, since the model's image tower goes with it."""
-        return ClipClassifier(self, prompts, cache_path, device)
+        return ClipClassifier(self, prompts, cache_path, device, should_stop)
 
 
 class ClipClassifier(Classifier):
@@ -114,11 +115,15 @@ class ClipClassifier(Classifier):
         Folder that keeps the text embeddings, see `embed_texts`.
     device : str or torch.device
         Where the texts are embedded and the classifier stays.
+    should_stop : callable, optional
+        Asked now and then while the texts are embedded, see `embed_texts`.
     """
 
-    def __init__(self, clip, prompts, cache_path=None, device="cpu"):
+    def __init__(self, clip, prompts, cache_path=None, device="cpu", should_stop=lambda: False):
         model = clip.model.requires_grad_(False).eval().to(device)
-        embeddings = embed_texts(model, clip.tokenizer, prompts.texts, cache_path=cache_path, device=device)
+        embeddings = embed_texts(
+            model, clip.tokenizer, prompts.texts, cache_path=cache_path, device=device, should_stop=should_stop
+        )
         net = ClipNet(model.visual, embeddings, model.logit_scale, getattr(model, "logit_bias", None))
         super().__init__(net, clip.name, clip.mean, clip.std, clip.input_size, len(prompts), prompts.texts)
         self.prompts = prompts
@@ -177,12 +182,13 @@ def load_clip(name, weights=None, seed=0):
     """
     config = _look_up(name)
     file, published = find_weights(name, weights)
+    openais = None if file is None else read_openais(file, name)
     # OpenAI's weights want QuickGELU under every architecture name; GELU would cost accuracy without a word.
-    if published.get("quick_gelu") or (file is not None and is_torchscript(file)):
+    if published.get("quick_gelu") or openais is not None:
         config["quick_gelu"] = True
     model, tokenizer = _build(name, config, seed)
     if file is not None:
-        load_weights(model, file, name)
+        load_weights(model, file, name, openais)
     return Clip(model, tokenizer, name, _input_size(name, model), **_preprocessing(name, published))
 
 
