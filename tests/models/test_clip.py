@@ -14,7 +14,7 @@ import torch
 
 from data import clip_preset, load_task
 from data.text import build_prompts
-from models import build_classifier, clip, clip_weights, text_embeddings
+from models import SWITCHES, WatermarkingVR, build_classifier, build_network, clip, clip_weights, text_embeddings
 from models.clip import TINY_BACKBONE, Clip, load_clip
 from models.clip_weights import read_openais
 from models.text_embeddings import embed_texts
@@ -109,11 +109,80 @@ def test_a_logit_scale_above_openais_limit_is_left_alone():
 def test_logits_stay_float32_under_autocast():
     classifier = tiny()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeddings = classifier.net.encode_image(images())
+        embeddings = classifier.net.image_encoder(images())
         logits = classifier.net.similarity(embeddings, classifier.net.text_embeddings)
     assert embeddings.dtype == logits.dtype == torch.float32
     exact = math.exp(math.log(1 / 0.07)) * embeddings.double() @ classifier.net.text_embeddings.double().T
     torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=0)
+
+
+def fold_inputs(num_source, bias):
+    """ω as of a Bayesian mapping, one-to-one, and signed as a learned or closed-form one, each (S, T)."""
+    generator = torch.Generator().manual_seed(2)
+    bayes = torch.rand(num_source, 4, generator=generator) ** 8
+    one_to_one = torch.zeros(num_source, 4)
+    one_to_one[torch.randperm(num_source, generator=generator)[:4], torch.arange(4)] = 1
+    signed = torch.randn(num_source, 4, generator=generator) / num_source**0.5
+    kinds = bayes / bayes.sum(0), one_to_one, signed
+    return [(weights, torch.randn(4, generator=generator) if bias else None) for weights in kinds]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("build", [tiny, lambda: with_prompts(*siglip_like(), 32)])
+def test_a_folded_mapping_is_the_mapping_of_the_logits(build, bias):
+    classifier = build()
+    size = classifier.input_size
+    embeddings = classifier.net.image_encoder(images(3)[..., :size, :size])
+    logits = classifier.net.logits(embeddings)
+    assert torch.equal(logits, classifier(images(3)[..., :size, :size]))
+    for weights, bias_t in fold_inputs(len(PROMPTS), bias):
+        folded, folded_bias = classifier.net.fold(weights, bias_t)
+        assert folded.shape == (embeddings.shape[1], 4) and folded_bias.shape == (4,)
+        expected = logits.double() @ weights.double() + (0 if bias_t is None else bias_t.double())
+        torch.testing.assert_close((embeddings @ folded + folded_bias).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mapping_of_sun397s_prompts_folds_as_exactly():
+    generator = torch.Generator().manual_seed(0)
+    texts, embeddings = (
+        torch.nn.functional.normalize(torch.randn(rows, 512, generator=generator), dim=1) for rows in (32_157, 8)
+    )
+    net = clip.ClipNet(torch.nn.Identity(), texts, torch.tensor(math.log(100.0)))
+    for weights, _ in fold_inputs(32_157, bias=False):
+        folded, bias = net.fold(weights)
+        expected = net.logit_scale.double().exp() * embeddings.double() @ texts.double().T @ weights.double()
+        torch.testing.assert_close((embeddings @ folded + bias).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_gradient_of_a_folded_mapping_is_that_of_the_mapping():
+    net = tiny().net
+    embeddings = net.image_encoder(images(3)).detach()
+    weights = fold_inputs(len(PROMPTS), bias=False)[2][0].requires_grad_()
+    labels = torch.tensor([0, 3, 1])
+    folded, bias = net.fold(weights)
+    gradients = [
+        torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), weights)[0]
+        for logits in (embeddings @ folded + bias, net.logits(embeddings) @ weights)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_folding_stays_float32_under_autocast():
+    net, (weights, _) = tiny().net, fold_inputs(len(PROMPTS), bias=False)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded, bias = net.fold(weights)
+    assert folded.dtype == bias.dtype == torch.float32 and torch.equal(folded, net.fold(weights)[0])
+
+
+@pytest.mark.parametrize("switches", [(), tuple(SWITCHES)])
+def test_a_network_of_the_image_encoder_gives_embeddings(switches):
+    classifier = tiny()
+    vr = WatermarkingVR(224, 30, classifier.mean, classifier.std)
+    torch.nn.init.normal_(vr.program)
+    network = build_network(classifier.net.image_encoder, vr, switches=switches)
+    pixels = images(3).sigmoid()
+    expected = classifier(vr(pixels))
+    torch.testing.assert_close(classifier.net.logits(network(pixels)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_random_weights_follow_the_seed_and_leave_the_generator_alone():
