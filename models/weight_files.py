@@ -4,14 +4,13 @@ Three forms are read: safetensors, torch checkpoints, and TorchScript archives, 
 """
 
 import io
-import itertools
 import pickle
 import zipfile
 
 import safetensors.torch
 import torch
 
-MAX_ENTRIES = 100_000  # modules and tensors of a TorchScript archive
+MAX_ENTRIES, MAX_NAME = 100_000, 1_000  # attributes of all modules of a TorchScript archive, characters of a path
 
 
 def read_state_dict(path):
@@ -86,18 +85,19 @@ def read_torchscript_state_dict(file):
     with zipfile.ZipFile(file) as archive:
         pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
         unpickler = _TorchScriptUnpickler(archive, pickled.removesuffix("/data.pkl"))
-        pending, state = [("", unpickler.load())], {}
-    for number in itertools.count():
-        if not pending:
-            return state
-        if number == MAX_ENTRIES:  # a module that holds another twice, and so on, is endless
-            raise pickle.UnpicklingError(f"the archive holds more than {MAX_ENTRIES:,} modules and tensors")
+        pending, state, entries = [("", unpickler.load())], {}, 0
+    while pending:
         name, value = pending.pop()
         if isinstance(value, torch.Tensor):
             state[name] = value
         elif isinstance(value, _Module):
-            children = [(f"{name}.{key}" if name else key, child) for key, child in vars(value).items()]
-            pending += reversed([pair for pair in children if isinstance(pair[1], (_Module, torch.Tensor))])
+            attributes = vars(value)
+            entries += len(attributes)
+            # a module may hold itself, or another twice, which holds another twice, and so on
+            if entries > MAX_ENTRIES or len(name) + max(map(len, attributes), default=0) > MAX_NAME:
+                raise pickle.UnpicklingError("the archive's modules are nested beyond measure")
+            pending += [(f"{name}.{key}" if name else key, child) for key, child in reversed(attributes.items())]
+    return state
 
 
 class _Module:
@@ -150,7 +150,8 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
 
 def one_line(error, limit=160):
     """The first line of an error that tells what is wrong, cut to ``limit`` characters."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # a key alone tells nothing
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     line = next((line for line in lines if not line.startswith(_HEADINGS)), repr(error))
     return line if len(line) <= limit else line[: limit - 3] + "..."
 

@@ -379,7 +379,8 @@ def endless(levels=40):
         (b"\x80\x02]r\xff\xff\xff\x01.", None),  # a memo index in the place of 33 million
         (b"\x80\x05\x96" + (1 << 28).to_bytes(8, "little") + b".", "holds a bytearray"),
         (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"a.", None),  # a string of a terabyte
-        (endless(), "more than 100,000 modules and tensors"),
+        (endless(), "nested beyond measure"),
+        (b"\x80\x02" + MODULE + b"q\x00}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ub.", "nested beyond measure"),
     ],
 )
 def test_hostile_archives_are_refused_within_little_memory(tmp_path, pickled, message):
