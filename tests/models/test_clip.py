@@ -1,9 +1,12 @@
 """CLIP as a classifier: agreement with open_clip, the text cache, weights of every form, bad input."""
 
+import contextlib
 import json
 import math
 import os
 import pickle
+import sys
+import tracemalloc
 import zipfile
 
 import pytest
@@ -11,11 +14,12 @@ import torch
 
 from data import clip_preset, load_task
 from data.text import build_prompts
-from models import build_classifier, clip, clip_weights, text_embeddings
+from models import SWITCHES, WatermarkingVR, build_classifier, build_network, clip, clip_weights, text_embeddings
 from models.clip import TINY_BACKBONE, Clip, load_clip
-from models.clip_weights import read_torchscript_state_dict
+from models.clip_weights import read_openais
 from models.text_embeddings import embed_texts
 from models.torchvision_shim import ensure_torchvision
+from models.weight_files import read_torchscript_state_dict
 from tests.data.helpers import write_flowers_subset
 from tests.models.meaningful_clip import build_meaningful_clip
 
@@ -105,11 +109,80 @@ def test_a_logit_scale_above_openais_limit_is_left_alone():
 def test_logits_stay_float32_under_autocast():
     classifier = tiny()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeddings = classifier.net.encode_image(images())
+        embeddings = classifier.net.image_encoder(images())
         logits = classifier.net.similarity(embeddings, classifier.net.text_embeddings)
     assert embeddings.dtype == logits.dtype == torch.float32
     exact = math.exp(math.log(1 / 0.07)) * embeddings.double() @ classifier.net.text_embeddings.double().T
     torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=0)
+
+
+def fold_inputs(num_source, bias):
+    """ω as of a Bayesian mapping, one-to-one, and signed as a learned or closed-form one, each (S, T)."""
+    generator = torch.Generator().manual_seed(2)
+    bayes = torch.rand(num_source, 4, generator=generator) ** 8
+    one_to_one = torch.zeros(num_source, 4)
+    one_to_one[torch.randperm(num_source, generator=generator)[:4], torch.arange(4)] = 1
+    signed = torch.randn(num_source, 4, generator=generator) / num_source**0.5
+    kinds = bayes / bayes.sum(0), one_to_one, signed
+    return [(weights, torch.randn(4, generator=generator) if bias else None) for weights in kinds]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("build", [tiny, lambda: with_prompts(*siglip_like(), 32)])
+def test_a_folded_mapping_is_the_mapping_of_the_logits(build, bias):
+    classifier = build()
+    size = classifier.input_size
+    embeddings = classifier.net.image_encoder(images(3)[..., :size, :size])
+    logits = classifier.net.logits(embeddings)
+    assert torch.equal(logits, classifier(images(3)[..., :size, :size]))
+    for weights, bias_t in fold_inputs(len(PROMPTS), bias):
+        folded, folded_bias = classifier.net.fold(weights, bias_t)
+        assert folded.shape == (embeddings.shape[1], 4) and folded_bias.shape == (4,)
+        expected = logits.double() @ weights.double() + (0 if bias_t is None else bias_t.double())
+        torch.testing.assert_close((embeddings @ folded + folded_bias).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mapping_of_sun397s_prompts_folds_as_exactly():
+    generator = torch.Generator().manual_seed(0)
+    texts, embeddings = (
+        torch.nn.functional.normalize(torch.randn(rows, 512, generator=generator), dim=1) for rows in (32_157, 8)
+    )
+    net = clip.ClipNet(torch.nn.Identity(), texts, torch.tensor(math.log(100.0)))
+    for weights, _ in fold_inputs(32_157, bias=False):
+        folded, bias = net.fold(weights)
+        expected = net.logit_scale.double().exp() * embeddings.double() @ texts.double().T @ weights.double()
+        torch.testing.assert_close((embeddings @ folded + bias).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_gradient_of_a_folded_mapping_is_that_of_the_mapping():
+    net = tiny().net
+    embeddings = net.image_encoder(images(3)).detach()
+    weights = fold_inputs(len(PROMPTS), bias=False)[2][0].requires_grad_()
+    labels = torch.tensor([0, 3, 1])
+    folded, bias = net.fold(weights)
+    gradients = [
+        torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), weights)[0]
+        for logits in (embeddings @ folded + bias, net.logits(embeddings) @ weights)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_folding_stays_float32_under_autocast():
+    net, (weights, _) = tiny().net, fold_inputs(len(PROMPTS), bias=False)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded, bias = net.fold(weights)
+    assert folded.dtype == bias.dtype == torch.float32 and torch.equal(folded, net.fold(weights)[0])
+
+
+@pytest.mark.parametrize("switches", [(), tuple(SWITCHES)])
+def test_a_network_of_the_image_encoder_gives_embeddings(switches):
+    classifier = tiny()
+    vr = WatermarkingVR(224, 30, classifier.mean, classifier.std)
+    torch.nn.init.normal_(vr.program)
+    network = build_network(classifier.net.image_encoder, vr, switches=switches)
+    pixels = images(3).sigmoid()
+    expected = classifier(vr(pixels))
+    torch.testing.assert_close(classifier.net.logits(network(pixels)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_random_weights_follow_the_seed_and_leave_the_generator_alone():
@@ -172,6 +245,33 @@ def test_a_damaged_text_cache_is_made_again(tmp_path, damage):
     again, seen = embed(tmp_path)
     assert seen == 9 and torch.equal(first, again)
     assert embed(tmp_path)[1] == 0 and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_text_cache_is_as_readable_as_other_files(tmp_path):
+    embed(tmp_path)
+    (tmp_path / "other").touch()
+    (file,) = tmp_path.glob("text_*.safetensors")
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_embedding_stops_between_batches_when_asked(tmp_path):
+    model, tokenizer = tiny_model()
+    counting = Counting(tokenizer)
+    with pytest.raises(InterruptedError, match="stopped after 4 of 9 text embeddings"):
+        embed_texts(model.eval(), counting, PROMPTS.texts, cache_path=tmp_path, batch_size=4,
+                    should_stop=lambda: counting.seen >= 4)
+    assert counting.seen == 4 and not list(tmp_path.iterdir())
+    with pytest.raises(InterruptedError):
+        load_clip(TINY_BACKBONE, "none").classifier(PROMPTS, should_stop=lambda: True)
+
+
+def test_a_bar_counts_the_prompts_on_a_terminal_alone(monkeypatch, capsys):
+    embed(None)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(text_embeddings, "BAR_AFTER", 0)
+    embed(None)
+    assert "text embeddings" in capsys.readouterr().err
 
 
 def test_sun397s_number_of_prompts():
@@ -242,7 +342,7 @@ def save_archive(path, seed):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_openais_archives_are_read_without_running_them(tmp_path):
     model = save_archive(tmp_path / "openai.pt", seed=7)
-    state = read_torchscript_state_dict(tmp_path / "openai.pt")
+    state = read_openais(tmp_path / "openai.pt", TINY_BACKBONE)
     assert state.keys() == model.state_dict().keys() - {"input_resolution"}
     assert all(torch.equal(value, model.state_dict()[key].half()) for key, value in state.items())
     classifier = tiny(weights=tmp_path / "openai.pt")
@@ -252,15 +352,76 @@ def test_openais_archives_are_read_without_running_them(tmp_path):
     torch.testing.assert_close(classifier(images()), expected, atol=1e-5, rtol=0)
 
 
-def test_an_archive_that_names_a_function_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
-        archive.writestr("bad/constants.pkl", b"")
-        archive.writestr("bad/data.pkl", pickle.dumps(exec))
-    with pytest.raises(pickle.UnpicklingError, match="names builtins.exec"):
-        read_torchscript_state_dict(tmp_path / "bad.pt")
+def write_archive(file, pickled, records=(), compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in {"constants.pkl": b"", "data.pkl": pickled, **dict(records)}.items():
+            archive.writestr(f"bad/{name}", content)
+
+
+# of a module's class, an instance; BUILD sets its attributes
+MODULE = b"c__torch__.M\nM\n)\x81"
+
+
+def endless(levels=40):
+    """Modules that hold the one before twice: 2^levels ways through a kilobyte."""
+    pickled = b"\x80\x02" + MODULE + b"q\x00"
+    for level in range(levels):
+        held = b"h" + bytes([level])
+        pickled += MODULE + b"}(" + b"X\x01\x00\x00\x00a" + held + b"X\x01\x00\x00\x00b" + held + b"ub"
+        pickled += b"q" + bytes([level + 1])
+    return pickled + b"."
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (pickle.dumps(exec), "names builtins.exec"),
+        (b"\x80\x02]r\xff\xff\xff\x01.", None),  # a memo index in the place of 33 million
+        (b"\x80\x05\x96" + (1 << 28).to_bytes(8, "little") + b".", "holds a bytearray"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"a.", None),  # a string of a terabyte
+        (endless(), "nested beyond measure"),
+        (b"\x80\x02" + MODULE + b"q\x00}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ub.", "nested beyond measure"),
+    ],
+)
+def test_hostile_archives_are_refused_within_little_memory(tmp_path, pickled, message):
+    write_archive(tmp_path / "bad.pt", pickled)
+    tracemalloc.start()
+    if message is None:
+        with contextlib.suppress(pickle.UnpicklingError, EOFError):
+            assert read_torchscript_state_dict(tmp_path / "bad.pt") == {}
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=message):
+            read_torchscript_state_dict(tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="is not a checkpoint of --backbone tiny-test") as caught:
         tiny(weights=tmp_path / "bad.pt")
-    assert "\n" not in str(caught.value)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in str(caught.value) and peak < 100e6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_compressed_records_and_storages_named_twice(tmp_path):
+    model = save_archive(tmp_path / "good.pt", seed=7)
+    with zipfile.ZipFile(tmp_path / "good.pt") as good:
+        names = {name.partition("/")[2]: good.read(name) for name in good.namelist()}
+    pickled = names.pop("data.pkl")
+    names.pop("constants.pkl")
+    write_archive(tmp_path / "packed.pt", pickled, names, zipfile.ZIP_DEFLATED)
+    with pytest.raises(pickle.UnpicklingError, match="data.pkl is compressed, which torch never does"):
+        read_torchscript_state_dict(tmp_path / "packed.pt")
+    write_archive(tmp_path / "stored.pt", pickled, names)
+    assert read_torchscript_state_dict(tmp_path / "stored.pt").keys() >= model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, int])
+def test_openais_constants_in_a_plain_state_dict(tmp_path, kind):
+    model = tiny_model(seed=7, quick_gelu=True)[0].eval()
+    constants = {"input_resolution": kind(224), "context_length": kind(32), "vocab_size": kind(49408)}
+    torch.save(model.state_dict() | constants, tmp_path / "plain.pt")
+    with torch.no_grad():
+        expected, _ = model.get_logits(images(), tiny_model()[1](PROMPTS.texts))
+    # quick GELU, which the constants tell of
+    torch.testing.assert_close(tiny(weights=tmp_path / "plain.pt")(images()), expected, atol=1e-5, rtol=0)
 
 
 def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pickle
 import random
 import time
 import tracemalloc
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 
 from mapping import build_mapping
-from models.checkpoint_file import read_checkpoint
 from models.classifiers import read_state_dict
 from tools.training.run_folder import Run, load_checkpoint
 from tools.training.trainer import NonFiniteError, Trainer
@@ -206,58 +204,6 @@ def archive(path, records, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as packed:
         for name, content in records.items():
             packed.writestr(name, content)
-
-
-def saved(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def inflated(name, content):
-    """The pickle of `saved({"program": torch.zeros(77)})` with another count of elements."""
-    return content.replace(b"K\x4d", b"J\xff\xff\xff\x7f") if name.endswith("data.pkl") else content
-
-
-def unread(name, content):
-    """Only the storage's count."""
-    return content.replace(b"K\x4d", b"J\xff\xff\xff\x7f", 1) if name.endswith("data.pkl") else content
-
-
-def without_strides(name, content):
-    """Many elements out of one: the size is large, the stride nothing."""
-    return content.replace(b"K\x4d\x85", b"J\xff\xff\xff\x7f\x85").replace(b"K\x01\x85", b"K\x00\x85")
-
-
-@pytest.mark.parametrize("change", [inflated, unread, without_strides])
-def test_declared_sizes_are_compared_with_what_is_there(tmp_path, change):
-    data = saved({"program": torch.zeros(77)})
-    bad = repacked(data, change)
-    assert bad != repacked(data, lambda name, content: content)
-    (tmp_path / "bad.pth").write_bytes(bad)
-    with pytest.raises(ValueError, match="declared size|larger than its storage"):
-        read_state_dict(tmp_path / "bad.pth")
-
-
-def test_compressed_records_and_odd_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with zipfile.ZipFile(io.BytesIO(saved({"program": torch.zeros(9)}))) as whole:
-        records = {name: whole.read(name) for name in whole.namelist()}
-    root = next(iter(records)).partition("/")[0]
-    archive("bomb.pth", records | {f"{root}/data/1": bytes(10**8)}, zipfile.ZIP_DEFLATED)
-    archive("above.pth", records | {f"{root}/../../escaped": b"x"})
-    archive("absolute.pth", records | {"/tmp/escaped": b"x"})
-    archive("two.pth", records | {"other/data.pkl": pickle.dumps({})})
-    archive("case.pth", records | {f"{root}/DATA.pkl": pickle.dumps({})})
-    archive("none.pth", {f"{root}/version": b"3"})
-    archive("empty.pth", {})
-    for name, message in (
-        ("bomb", "a record is compressed"), ("above", "leaves the archive"), ("absolute", "one folder"),
-        ("two", "one folder"), ("case", "distinct names"), ("none", "data.pkl"), ("empty", "not a readable"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_checkpoint(f"{name}.pth")
-    assert all(path.suffix == ".pth" for path in tmp_path.iterdir())
 
 
 def test_deep_nesting(tmp_path):
