@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import check_dataset_name
 from mapping import MAPPINGS, Setting, check_mapping_name, mapping_settings
-from models import REPROGRAMMING, SWITCHES, check_reprogramming_name
+from models import BACKBONES, REPROGRAMMING, SWITCHES, check_reprogramming_name
 
 # What the paper sets for single data sets: DTD and OxfordPets are small, with 256 an epoch is a dozen steps. The
 # digits, which are not the paper's, are smaller still: with 256 an epoch would be four steps.
@@ -247,7 +247,7 @@ def _as_file_name(value):
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
 
 
-_BACKBONE = "resnet18, resnet50, resnext101_32x8d, efficientnet_lite0, vit_b_32 or timm:<name>"
+_BACKBONE = f"{', '.join(BACKBONES)} or timm:<name>"
 _WEIGHTS = "checkpoint file in place of the published weights; none: random, for smoke tests"
 
 

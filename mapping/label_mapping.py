@@ -61,6 +61,10 @@ class LabelMapping(nn.Module):
         """What is added to the T products, (T,) float32 without gradient, or None; not to be written to."""
         return None
 
+    def affine(self):
+        """`weights` and `bias`, differentiable where they are learned."""
+        return self.weights, self.bias
+
     @property
     def source_index(self):
         """The pretrained label of each downstream label, (T,) int64, for one-to-one mappings; else None."""
@@ -380,20 +384,21 @@ class LinearMapping(LabelMapping):
 
     @property
     def weights(self):
-        return self._effective().detach()
+        return self.affine()[0].detach()
 
     @property
     def bias(self):
         return None if self.offset is None else self.offset.detach()
 
+    def affine(self):
+        return (self.matrix.sigmoid() if self.variant == "sigmoid" else self.matrix), self.offset
+
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
         self._check(logits)
-        product = _float32_product(logits, self._effective())
-        return product if self.offset is None else product + self.offset
-
-    def _effective(self):
-        return self.matrix.sigmoid() if self.variant == "sigmoid" else self.matrix
+        weights, offset = self.affine()
+        product = _float32_product(logits, weights)
+        return product if offset is None else product + offset
 
 
 def _all_equal(columns):

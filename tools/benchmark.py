@@ -35,9 +35,10 @@ from data.loader import epoch_generator
 from mapping import build_mapping
 from models import SWITCHES, PaddingVR, build_classifier, build_network
 from models.torchvision_shim import ensure_torchvision
-from tools.console import Parser, torch_device, user_errors
+from tools.console import Parser, user_errors
+from tools.training.numerics import choose_device, set_up_arithmetic
 from tools.training.run_folder import check_writable
-from tools.training.trainer import Trainer, set_up_arithmetic
+from tools.training.trainer import Trainer
 
 # name -> (backbone, side of the images, how its row in the README calls the setting)
 CASES = {
@@ -85,7 +86,7 @@ def parse(argv):
 
 def measure(args):
     """All cases; a dict with the machine, its peak and a list of rows."""
-    device = torch_device(args.device)
+    device = choose_device(args.device)
     set_up_arithmetic(device, "fp32", False)
     report = {
         "date": date.today().isoformat(), "machine": _machine(device), "torch": torch.__version__,
@@ -191,19 +192,13 @@ class Ours:
 
     def epoch(self, epoch):
         """Seconds of the three steps."""
-        trainer = self.trainer
-        trainer.seconds = dict.fromkeys(STEPS, 0.0)
-        if self.observe:
-            start = time.perf_counter()
-            trainer.refresh(epoch)
-            refresh = time.perf_counter() - start
-        else:
-            trainer.estimate(epoch)
-            refresh = 0.0
+        estimating = 0.0 if self.observe else self.trainer.estimate(epoch)
+        refreshing = self.trainer.refresh(epoch) if self.observe else 0.0
         self.weights = self.mapping.weights
-        self.loss = trainer.train(epoch, observe=self.observe)["train_loss"]
-        trainer.evaluate(epoch)
-        return trainer.seconds | {"train": trainer.seconds["train"] + refresh}
+        trained = self.trainer.train(epoch, observe=self.observe)
+        self.loss = trained.loss
+        tested = self.trainer.evaluate(epoch)
+        return {"estimate": estimating, "train": trained.seconds + refreshing, "test": tested.seconds}
 
 
 class Plain:

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from mapping import build_mapping, check_mapping_name
-from tools.console import Parser, torch_device, user_errors
+from tools.console import Parser, user_errors
+from tools.training.numerics import choose_device
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841
 
@@ -54,7 +55,7 @@ def parse(argv):
         if getattr(args, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(args, option)}")
     try:
-        args.device = str(torch_device(args.device))
+        args.device = str(choose_device(args.device))
         args.mapping = [check_mapping_name(name) for name in args.mapping]
         for name in args.mapping:
             if not build_mapping(name, args.source, args.target).estimated:

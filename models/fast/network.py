@@ -113,7 +113,7 @@ class Network(nn.Module):
             self.batch_size = max(4, min(32, REUSED_BLOCK // (4 * self.core.largest_map())))
 
     def forward(self, images):
-        """Logits (n, S), float32.
+        """Logits (n, S), or whatever else the classifier gives.
 
         Parameters
         ----------
@@ -125,13 +125,13 @@ class Network(nn.Module):
             # is followed by a reshape and a transpose; with two images it does not
             return self(torch.cat([images, images]))[:1]
         if self.core is None:
-            return self.plain[0](self.input_vr(images)).float()
+            return self.plain[0](self.input_vr(images))
         shared = self._shared() if self._held is None else self._held
         if not self.core.splits_first_layer:
             images = self.core.crop_input(self.input_vr.embed(images) + shared["pattern"])
         if "channels-last" in self.switches:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.core(images, shared).float()
+        return self.core(images, shared)
 
     @contextmanager
     def accumulate(self):

@@ -5,6 +5,7 @@ Training starts here, and so does every tool that takes a finished run up again.
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from mapping import MAPPINGS, LabelMapping, build_mapping
 from models import REPROGRAMMING, SWITCHES, Classifier, InputVR, build_classifier, build_input_vr, build_network
 from models.clip import load_clip
 from tools.training import distributed
+from tools.training.readout import ClipReadout, Readout
 
 SPLITS = ("train", "test")
 CLIP_BORDER = 30  # width of CLIP's watermark in pixels
@@ -30,6 +32,7 @@ class System:
     input_vr: InputVR
     network: torch.nn.Module
     mapping: LabelMapping
+    readout: Readout  # from what the network gives to logits
     presets: tuple  # of training and test images
     device: torch.device
     content: dict  # what the run reads, by name: fingerprints and lists of names that tell it from something else
@@ -96,7 +99,7 @@ def build_vision(settings, device, splits=SPLITS, class_names=None):
         presets = (watermarking_train_preset(size) if kind.augment else test), test
     input_vr = _input_vr(settings, classifier, size, border=(size + 1) // 2)
     task = _load(settings, presets, splits, class_names)
-    return _join(settings, device, classifier, input_vr, presets, task)
+    return _join(settings, device, classifier, classifier, input_vr, presets, task, Readout)
 
 
 def build_clip(settings, device, splits=SPLITS, class_names=None):
@@ -114,7 +117,8 @@ def build_clip(settings, device, splits=SPLITS, class_names=None):
     task = _load(settings, presets, splits, class_names)
     with distributed.main_process_first():
         classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
-    system = _join(settings, device, classifier, input_vr, presets, task)
+    encoder, readout = classifier.net.image_encoder, partial(ClipReadout, net=classifier.net)
+    system = _join(settings, device, classifier, encoder, input_vr, presets, task, readout)
     system.content["prompt templates"] = list(classifier.prompts.templates)
     if task.test is not None:
         unchanged = task.test if presets[1] == own else _load(settings, (None, own), ("test",)).test
@@ -162,7 +166,7 @@ def _difference(task, class_names):
     return f"{now!r} instead of {then!r}"
 
 
-def _join(settings, device, classifier, input_vr, presets, task):
+def _join(settings, device, classifier, net, input_vr, presets, task, readout):
     """Build mapping and network around the given parts and put everything on ``device``."""
     mapping = build_mapping(
         settings.mapping, classifier.num_source, task.num_target, seed=settings.seed,
@@ -171,14 +175,14 @@ def _join(settings, device, classifier, input_vr, presets, task):
     classifier, input_vr = classifier.to(device), input_vr.to(device)
     parts = {"auto": list(SWITCHES), "plain": []}
     network = build_network(
-        classifier, input_vr, switches=parts.get(settings.engine, settings.engine.split(","))
+        net, input_vr, switches=parts.get(settings.engine, settings.engine.split(","))
     )
     content = {"class names": task.class_names}
     for split, fingerprint in task.fingerprint.items():
         content[f"{split} images"] = fingerprint[:16]
     if settings.weights is not None and Path(settings.weights).is_file():
         content["weights"] = _digest(settings.weights)
-    return System(task, classifier, input_vr, network, mapping, presets, device, content)
+    return System(task, classifier, input_vr, network, mapping, readout(mapping), presets, device, content)
 
 
 def _digest(path):

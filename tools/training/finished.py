@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tools.training.build import BUILDERS, SPLITS, System
-from tools.training.numerics import choose_device, choose_precision, pretrained_logits, set_up_arithmetic
+from tools.training.numerics import choose_device, choose_precision, network_outputs, set_up_arithmetic
 from tools.training.plugins import HELP, require_plugin
 from tools.training.run_folder import checkpoint_path, load_checkpoint, read_config
 
@@ -67,11 +67,22 @@ class FinishedRun:
         ------
         (Tensor (n, S), Tensor (n, T)), float32: pretrained and downstream logits of one batch
         """
+        readout = self.system.readout
+        for outputs in self._outputs(batches):
+            yield readout.pretrained(outputs), readout.downstream(outputs)
+
+    @torch.no_grad()
+    def downstream_logits(self, batches):
+        """As `logits`, without the pretrained ones, of which a CLIP has very many."""
+        for outputs in self._outputs(batches):
+            yield self.system.readout.downstream(outputs)
+
+    def _outputs(self, batches):
         system = self.system
+        system.readout.hold()
         with system.network.accumulate():
             for images in batches:
-                source = pretrained_logits(system.network, images.to(system.device))
-                yield source, system.mapping(source)
+                yield network_outputs(system.network, images.to(system.device))
 
 
 def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, checkpoint="last", plugin=None):

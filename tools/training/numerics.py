@@ -65,8 +65,8 @@ def chunk_size_of(network, device):
     return network.batch_size or (PLAIN_CHUNK if device.type == "cpu" else 2**31 - 1)
 
 
-def pretrained_logits(network, images, precision="fp32", chunk_size=None):
-    """Pretrained logits (n, S), float32, of images (n, 3, h, w) in [0, 1], computed ``chunk_size`` images at a time."""
+def network_outputs(network, images, precision="fp32", chunk_size=None):
+    """What a network gives, float32, for images (n, 3, h, w) in [0, 1], computed ``chunk_size`` images at a time."""
     chunk_size = chunk_size or chunk_size_of(network, images.device)
     dtype = _AUTOCAST.get(precision)
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):

@@ -76,7 +76,7 @@ class Session:
         self.trainer = Trainer(
             system.network, system.input_vr.program, system.mapping, loaders,
             self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, precision, cfg.on_nonfinite,
-            should_stop,
+            should_stop, system.readout,
         )
         self._previous_weights, self._history, self.first_epoch = None, [], 0
         self._stack.callback(self.run.close)

@@ -11,7 +11,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from tools.training import distributed
-from tools.training.numerics import chunk_size_of, pretrained_logits
+from tools.training.numerics import chunk_size_of, network_outputs
+from tools.training.readout import Readout
 
 
 class NonFiniteError(ArithmeticError):
@@ -73,7 +74,7 @@ class Trainer:
     Parameters
     ----------
     network : nn.Module
-        Images in [0, 1], (n, 3, h, w), to pretrained logits (n, S), differentiable with respect to ``program``.
+        Images in [0, 1], (n, 3, h, w), to what ``readout`` reads, differentiable with respect to ``program``.
     program : nn.Parameter
         The pattern θ.
     mapping : mapping.LabelMapping
@@ -92,13 +93,15 @@ class Trainer:
         ``stop`` or ``skip``.
     should_stop : callable
         Asked after every batch: 0, or the number of the signal that asks to stop.
+    readout : tools.training.readout.Readout, optional
+        Default: the network's outputs are the pretrained logits.
     """
 
     def __init__(self, network, program, mapping, loaders, optimizer, schedule, epochs, precision="fp32",
-                 on_nonfinite="stop", should_stop=lambda: 0):
+                 on_nonfinite="stop", should_stop=lambda: 0, readout=None):
         self.network, self.program, self.mapping, self.loaders = network, program, mapping, loaders
         self.schedule, self.epochs, self.on_nonfinite = schedule, epochs, on_nonfinite
-        self.should_stop = should_stop
+        self.should_stop, self.readout = should_stop, readout or Readout(mapping)
         self.device = program.device
         self.optimizers = [optimizer] if program.requires_grad else []
         if mapping.trainable:
@@ -116,7 +119,8 @@ class Trainer:
         start = time.perf_counter()
         with torch.inference_mode(), self.network.accumulate():
             for batch in self._batches("estimate", epoch):
-                self.mapping.observe(self._logits_that_fit(batch.images), batch.labels)
+                outputs = self._within_memory(len(batch.images), lambda: self._outputs(batch.images))  # noqa: B023
+                self.mapping.observe(self.readout.pretrained(outputs), batch.labels)
             self.mapping.all_reduce_statistics()
         self.refresh(epoch)
         return self._seconds_since(start)
@@ -149,6 +153,7 @@ class Trainer:
         if not self.epochs or not self.parameters:
             return Trained(None, None, None, 0.0)
         start = time.perf_counter()
+        self.readout.hold()
         loader, lr = self.loaders["train"], None
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, seen
         watch = _NonFiniteWatch(self.device, lag=self.on_nonfinite == "stop" and self.device.type == "cuda")
@@ -157,7 +162,7 @@ class Trainer:
             lr = first_lr if lr is None else lr
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            loss_sum, logits, correct = self._forward_backward(batch)
+            loss_sum, outputs, correct = self._forward_backward(batch)
             distributed.sum_over_processes(*(p.grad for p in self.parameters))
             finite = torch.isfinite(loss_sum) & torch.stack([p.grad.isfinite().all() for p in self.parameters]).all()
             where = f"{_number(epoch)}, batch {step + 1}, learning rate {first_lr:g}"
@@ -171,7 +176,7 @@ class Trainer:
                 optimizer.step()
             totals += torch.stack([loss_sum.double(), correct.double(), _count(batch, totals)])
             if observe:
-                self.mapping.observe(logits, batch.labels)
+                self.mapping.observe(self.readout.pretrained(outputs), batch.labels)
         watch.finish()
         if observe:  # now, so that a checkpoint holds what all processes saw
             self.mapping.all_reduce_statistics()
@@ -197,9 +202,11 @@ class Trainer:
 
     def _accuracy(self, split, epoch):
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
+        self.readout.hold()
         with torch.inference_mode(), self.network.accumulate():
             for batch in self._batches(split, epoch):
-                predicted = self.mapping(self._logits_that_fit(batch.images)).argmax(1)
+                outputs = self._within_memory(len(batch.images), lambda: self._outputs(batch.images))  # noqa: B023
+                predicted = self.readout.downstream(outputs).argmax(1)
                 totals += torch.stack([(predicted == batch.labels).sum().double(), _count(batch, totals)])
         distributed.sum_over_processes(totals)
         correct, seen = totals.tolist()
@@ -226,13 +233,10 @@ class Trainer:
         if signum:
             raise Interrupted(signum)
 
-    def _logits(self, images, precision="fp32"):
+    def _outputs(self, images, precision="fp32"):
         if not len(images):  # a process whose share of the last batch is empty still takes part in every sum
-            return images.new_zeros(0, self.mapping.num_source)
-        return pretrained_logits(self.network, images, precision, self.chunk_size)
-
-    def _logits_that_fit(self, images):
-        return self._within_memory(len(images), lambda: self._logits(images))
+            return images.new_zeros(0, self.readout.width)
+        return network_outputs(self.network, images, precision, self.chunk_size)
 
     def _forward_backward(self, batch):
         """Accumulate the gradient of the global batch's mean loss, a chunk at a time."""
@@ -266,19 +270,19 @@ class Trainer:
             for images, labels in chunks:
                 if not len(labels):
                     break
-                logits = self._logits(images, self.precision)
-                mapped = self.mapping(logits)
+                outputs = self._outputs(images, self.precision)
+                mapped = self.readout.downstream(outputs)
                 loss = functional.cross_entropy(mapped, labels, reduction="sum")
                 (loss if half else loss / batch.global_size).backward()
                 loss_sum += loss.detach()
                 correct += (mapped.detach().argmax(1) == labels).sum()
-                kept.append(logits.detach())
+                kept.append(outputs.detach())
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif half:
                 parameter.grad /= batch.global_size
-        return loss_sum, torch.cat(kept) if kept else self._logits(batch.images), correct
+        return loss_sum, torch.cat(kept) if kept else self._outputs(batch.images), correct
 
     def _set_lr(self, position):
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
