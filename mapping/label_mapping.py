@@ -357,8 +357,8 @@ class LdaMapping(LabelMapping):
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
         self._weights = torch.full_like(self._weights, 1 / self.num_source)
         self._bias = torch.full_like(self._bias, _NEVER)
-        self._weights[:, seen] = weights.to(self._weights)
-        self._bias[seen] = bias.to(self._bias)
+        seen = seen.to(self._bias.device)
+        self._weights[:, seen], self._bias[seen] = weights.to(self._weights), bias.to(self._bias)
         self._chosen = self._chosen.new_tensor(chosen)
 
 

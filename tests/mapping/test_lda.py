@@ -17,6 +17,7 @@ from mapping import build_mapping, discriminant, moments
 from mapping.discriminant import CANDIDATES, lda, leave_one_out, tuned_lda, within_covariance
 from mapping.moments import Moments
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SHRINKAGES = (0.01, 0.3, "auto")
 
 
@@ -29,8 +30,8 @@ def task(seed, n=200, num_source=12, num_target=5, distance=1.0):
     return means[labels] + torch.randn(n, num_source, generator=generator) @ mixed, labels
 
 
-def estimated(logits, labels, num_target, batch_size=1000, **settings):
-    mapping = build_mapping("lda", logits.shape[1], num_target, **settings)
+def estimated(logits, labels, num_target, batch_size=1000, device="cpu", **settings):
+    mapping = build_mapping("lda", logits.shape[1], num_target, **settings).to(device)
     for batch in zip(logits.split(batch_size), labels.split(batch_size), strict=True):
         mapping.observe(*batch)
     mapping.refresh()
@@ -114,12 +115,16 @@ def test_scatter_far_from_zero_loses_no_digits():
 
 
 @pytest.mark.parametrize("shrinkage", SHRINKAGES)
-def test_one_batch_or_seventeen(shrinkage):
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_batch_or_seventeen(shrinkage, device):
     logits, labels = task(3)
     whole = estimated(logits, labels, 5, shrinkage=shrinkage)
-    parts = estimated(logits, labels, 5, batch_size=12, shrinkage=shrinkage)
+    parts = estimated(logits.to(device), labels.to(device), 5, batch_size=12, shrinkage=shrinkage)
     torch.testing.assert_close(parts.weights, whole.weights, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(parts.bias, whole.bias, rtol=1e-6, atol=1e-7)
+    there = estimated(logits.to(device), labels.to(device), 5, device=device, shrinkage=shrinkage)
+    assert there.weights.device.type == there.bias.device.type == device
+    torch.testing.assert_close(there.weights.cpu(), whole.weights, rtol=1e-6, atol=1e-7)
     assert (parts.shrinkage, parts.temperature) == (whole.shrinkage, pytest.approx(whole.temperature))
 
 
@@ -284,7 +289,7 @@ def peak_of_an_estimate(num_source, num_target, shrinkage):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("shrinkage", [0.1, "auto"])
-@pytest.mark.parametrize("num_source, num_target", [(1500, 20), (300, 1500)])
+@pytest.mark.parametrize("num_source, num_target", [(1000, 20), (300, 600)])
 def test_memory_is_what_it_says(num_source, num_target, shrinkage):
     mapping = build_mapping("lda", num_source, num_target, shrinkage=shrinkage)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
