@@ -55,7 +55,8 @@ def main(argv=None):
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
             _require_packages("onnx", "onnxscript")
-        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint)
+        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint,
+                       plugin=args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
