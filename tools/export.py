@@ -94,7 +94,6 @@ def export(run, out, formats):
     ValueError
         The backbone cannot be exported, or the exported network gives other logits.
     """
-    run.settings.precision = "fp32"  # as the exported network computes, whatever training did
     size = run.system.presets[1].output_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     (_, expected), = run.logits([images])
