@@ -189,12 +189,15 @@ def test_every_start_is_noted(tmp_path):
         assert start["git_commit"] is None or len(start["git_commit"].removesuffix("-dirty")) == 40
 
 
+EMPTY = {"format": 2, "kind": "vm", "settings": {}, "distinct": {}, "content": {}, "starts": []}
+
+
 @pytest.mark.parametrize("config, said", [
     ({"settings": {}, "versions": {}}, r"is of an older version of this project \(format 1, expected 2\)"),
     ({"format": 3}, r"is of a newer version of this project \(format 3, expected 2\)"),
-    ({"format": 2, "kind": "vm", "settings": {}, "distinct": {}, "content": {}, "starts": []}, "is no config.json of"),
-    ({"format": 2, "kind": "vm", "settings": {}, "distinct": {}, "content": {}, "starts": [3]}, "is no config.json of"),
-    ({"format": 2, "kind": "vm", "settings": [], "distinct": {}, "content": {}, "starts": [{}]}, "is no config.json of"),
+    (EMPTY, "is no config.json of"),
+    (EMPTY | {"starts": [3]}, "is no config.json of"),
+    (EMPTY | {"settings": [], "starts": [{}]}, "is no config.json of"),
     ({"format": "2"}, "is no config.json of"), ([], "is no config.json of"), (3, "is no config.json of"),
 ])
 def test_config_of_another_version_or_none(tmp_path, config, said):
