@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from cfg import VLMConfig, VMConfig
 from models import SWITCHES
 from tools.training import trainer as training
+from tools.training.build import build_clip, build_vision
 
 ALL, STAND_IN = ",".join(SWITCHES), torch.device("meta")
 
