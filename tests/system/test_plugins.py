@@ -147,7 +147,8 @@ def test_a_part_of_ones_own_through_all_commands(tmp_path, part):
     assert len(predicted) == 1
     run("tools.export", folder, "--format", "torch", "--plugin", plugin)
     assert (folder / "model.pt2").stat().st_size > 0
-    run("tools.report.__main__", results, "--out", tmp_path / "report.html")  # which reads what is written, and runs nothing
+    # which reads what was written, and runs nothing
+    run("tools.report.__main__", results, "--out", tmp_path / "report.html")
     assert next(iter(expected.values())) in (tmp_path / "report.html").read_text()
 
 

@@ -43,7 +43,7 @@ def saving(results):
 
 
 def kill_and_restart(script, arguments, results, kills, seed):
-    """Cut a run off ``kills`` times, then let it end; as often from scratch as it gets to its end before. Counts by moment."""
+    """Cut a run off ``kills`` times, then let it end; from scratch each time that it ends before. Counts by moment."""
     draw, moments, count, attempt = random.Random(seed), {"saving": 0, "running": 0}, 0, 0
     reference = results / "reference"
     assert run(script, reference, *arguments) == 0, log_of(reference).read_text()

@@ -15,7 +15,9 @@ from data.files import read_json
 from tools.training import checkpoint as checkpoints
 from tools.training.run_folder import Run, check_writable, load_checkpoint, read_config, summarise
 
-CONTENT = {"class names": ["ant", "bee"], "train images": "0123", "weights": "4567", "prompt templates": ["a {}.", "{}"]}
+CONTENT = {
+    "class names": ["ant", "bee"], "train images": "0123", "weights": "4567", "prompt templates": ["a {}.", "{}"],
+}
 
 
 def settings(results, **more):
@@ -53,7 +55,8 @@ def finished(results, command=(), **more):
     ({"batch_size": 256}, "digits/resnet18_padding_blmpp_seed0_batch_size=256"),  # the default, not the recipe's
     ({"mapping": "BLM+", "seed": 3, "lr": 0.5}, "digits/resnet18_padding_blmpp_seed3_lr=0.5"),
     ({"bayes": False, "laplace": 2.0}, "digits/resnet18_padding_blmpp_seed0_laplace=2.0_bayes=false"),
-    ({"precision": "bf16", "train_fraction": 0.5}, "digits/resnet18_padding_blmpp_seed0_train_fraction=0.5_precision=bf16"),
+    ({"precision": "bf16", "train_fraction": 0.5},
+     "digits/resnet18_padding_blmpp_seed0_train_fraction=0.5_precision=bf16"),
     ({"engine": "plain", "deterministic": True, "device": "cuda", "workers": 2, "tensorboard": True, "overwrite": True,
       "on_nonfinite": "skip", "data_path": "/elsewhere"}, "digits/resnet18_padding_blmpp_seed0"),  # rounding and place
     ({"weights": "/lab/weights/net a.pth"}, "digits/resnet18_padding_blmpp_seed0_weights=net-a.pth"),
