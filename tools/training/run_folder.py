@@ -184,10 +184,13 @@ class Run:
             leftover.unlink()
         if self.overwrite:
             self._empty()
-        config = self._read_config()
-        self._refuse_other_settings(config)  # again: another process may have begun and ended since
-        self.refuse_other_content(content)
-        checkpoint = self._load_newest()
+        try:
+            config, checkpoint = self._take_up(content)
+        except ValueError:
+            if not self.cfg.overwrite:
+                raise
+            self._empty()
+            config, checkpoint = None, None
         starts = config["starts"] if config and checkpoint else []
         write_json(self.folder / "config.json", {
             "format": FORMAT, "kind": self.cfg.kind, "settings": self.cfg.settings, "distinct": self.cfg.distinct,
@@ -197,6 +200,12 @@ class Run:
         self._write_metrics()
         self._write_log()
         return checkpoint
+
+    def _take_up(self, content):
+        config = self._read_config()
+        self._refuse_other_settings(config)  # again: another process may have begun and ended since
+        self.refuse_other_content(content)
+        return config, self._load_newest()
 
     def _empty(self):
         """Remove what a run and the tools wrote.

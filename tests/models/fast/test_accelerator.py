@@ -88,7 +88,7 @@ def test_no_step_waits_for_the_device_or_mixes_devices(tmp_path, on_the_stand_in
         loaders = system.loaders(batch_size, 0)
         trainer = training.Trainer(
             system.network, system.input_vr.program, system.mapping, loaders,
-            torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", 2,
+            torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", 2, readout=system.readout,
         )  # fmt: skip
         steps = {
             "estimate": lambda run=trainer: run.estimate(0),
