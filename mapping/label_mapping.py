@@ -347,10 +347,11 @@ class LdaMapping(LabelMapping):
     def _estimate(self, moments):
         seen = (moments.counts > 0).nonzero().flatten()
         counts, means = moments.counts[seen], moments.means[seen]
-        covariance = within_covariance(counts, means, moments.scatter)
+        covariance, known = within_covariance(counts, means, moments.scatter)
         if self._given == "auto":
-            labels = torch.searchsorted(seen, moments.labels)
-            weights, bias, *chosen = tuned_lda(counts, means, covariance, moments.rows, labels)
+            judges = len(moments.rows) if known else 0
+            labels = torch.searchsorted(seen, moments.labels[:judges])
+            weights, bias, *chosen = tuned_lda(counts, means, covariance, moments.rows[:judges], labels)
         else:
             weights, bias = lda(counts, means, covariance, self._given)
             chosen = self._given, 1.0
