@@ -316,7 +316,7 @@ class LdaMapping(LabelMapping):
         self.memory_needed = memory_needed(num_source, num_target, tuned=shrinkage == "auto")
         self.register_buffer("_weights", torch.zeros(num_source, num_target))
         self.register_buffer("_bias", torch.zeros(num_target))
-        self.register_buffer("_chosen", torch.tensor([math.nan, 1.0], dtype=torch.float64))
+        self.register_buffer("_chosen", torch.zeros(2, dtype=torch.float64))
 
     @property
     def weights(self):
@@ -330,10 +330,12 @@ class LdaMapping(LabelMapping):
 
     @property
     def shrinkage(self):
+        self._check_ready()
         return float(self._chosen[0])
 
     @property
     def temperature(self):
+        self._check_ready()
         return float(self._chosen[1])
 
     def forward(self, logits):

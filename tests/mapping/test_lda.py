@@ -293,8 +293,7 @@ def peak_of_an_estimate(num_source, num_target, shrinkage):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("shrinkage", [0.1, "auto"])
-@pytest.mark.parametrize("num_source, num_target", [(1000, 20), (300, 600)])
+@pytest.mark.parametrize("num_source, num_target, shrinkage", [(1000, 20, 0.1), (1000, 20, "auto"), (300, 600, "auto")])
 def test_memory_is_what_it_says(num_source, num_target, shrinkage):
     mapping = build_mapping("lda", num_source, num_target, shrinkage=shrinkage)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
