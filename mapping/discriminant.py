@@ -25,9 +25,9 @@ _BLOCK_CELLS = 2**22  # cells of an (m, s) or (m, t) scratch in float64 at once
 def within_covariance(counts, means, scatter):
     """Pooled within-class covariance Σ, the maximum-likelihood estimate.
 
-    Where no class has two different samples Σ would be 0, and nothing tells how far a class spreads. Then it is the
-    mean squared distance of the class means from the mean of all, times the identity (the identity, if that is 0 too):
-    the nearest class mean is predicted.
+    Where no class has two different samples Σ would be 0: nothing tells how far a class spreads in which directions.
+    Then the covariance of the class means takes its place, which at least says in which directions logits vary; the
+    identity, if the means do not differ.
 
     Parameters
     ----------
@@ -38,16 +38,20 @@ def within_covariance(counts, means, scatter):
 
     Returns
     -------
-    Tensor, (S, S) float64
+    covariance : Tensor, (S, S) float64
+    known : bool
+        Whether that is Σ.
     """
     share = (counts / counts.sum()).double()
-    between = float(share @ (means - share @ means).square().sum(1))
+    offset = means - share @ means
     within = float(scatter.trace() / counts.sum())
+    between = float(share @ offset.square().sum(1))
     rounding = _ROUNDING * float(share @ means.square().sum(1))
     if within > max(_NO_SPREAD * between, rounding):
-        return scatter / counts.sum()
-    variance = between if between > rounding else 1.0
-    return variance * torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device)
+        return scatter / counts.sum(), True
+    if between > rounding:
+        return (offset.T * share) @ offset, False
+    return torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device), False
 
 
 def memory_needed(num_source, num_target, tuned):
@@ -109,7 +113,8 @@ def tuned_lda(counts, means, covariance, rows, labels):
     rows : Tensor, (m, S)
     labels : Tensor, (m,) int64
         Samples that `counts`, `means` and `covariance` are made from, not necessarily all. If none has a label with two
-        samples, shrinkage and temperature are 1.
+        samples, the shrinkage is 1/2, and the temperature the mean squared distance of the class means from their mean
+        under the shrunk covariance: as unsure as one must be.
 
     Returns
     -------
@@ -118,16 +123,19 @@ def tuned_lda(counts, means, covariance, rows, labels):
     shrinkage, temperature : float
     """
     values, vectors = torch.linalg.eigh(covariance)
+    share = (counts / counts.sum()).double()
+    centre = share @ means  # distances are the same about any centre, and lose fewer digits about this one
+    means_ts = (means - centre) @ vectors
     judged = counts[labels] > 1
-    rows, labels = rows[judged].double(), labels[judged]
-    shrinkage, temperature = 1.0, 1.0
-    if len(rows):
-        centre = means.mean(0)  # distances are the same about any centre, and lose fewer digits about this one
-        rows_ms, means_ts = (rows - centre) @ vectors, (means - centre) @ vectors
+    rows_ms, labels = (rows[judged].double() - centre) @ vectors, labels[judged]
+    if len(labels):
         judge = partial(leave_one_out, counts, means_ts, values, rows_ms, labels)
         errors = [int((judge(candidate).argmax(1) != labels).sum()) for candidate in CANDIDATES]
         fewest = [candidate for candidate, count in zip(CANDIDATES, errors, strict=True) if count == min(errors)]
         (_, temperature), shrinkage = min((_temperature(judge(candidate), labels), candidate) for candidate in fewest)
+    else:
+        shrinkage = 0.5
+        temperature = max(1.0, float(share @ (means_ts.square() @ _inverse(values, shrinkage))))
     weights, bias = _from_directions(counts, means, values, vectors, shrinkage)
     return weights / temperature, bias / temperature, shrinkage, temperature
 

@@ -320,7 +320,7 @@ class LdaMapping(LabelMapping):
         self.memory_needed = memory_needed(num_source, num_target, tuned=shrinkage == "auto")
         self.register_buffer("_weights", torch.zeros(num_source, num_target))
         self.register_buffer("_bias", torch.zeros(num_target))
-        self.register_buffer("_chosen", torch.tensor([math.nan, 1.0], dtype=torch.float64))
+        self.register_buffer("_chosen", torch.zeros(2, dtype=torch.float64))
 
     @property
     def weights(self):
@@ -334,10 +334,12 @@ class LdaMapping(LabelMapping):
 
     @property
     def shrinkage(self):
+        self._check_ready()
         return float(self._chosen[0])
 
     @property
     def temperature(self):
+        self._check_ready()
         return float(self._chosen[1])
 
     def forward(self, logits):
@@ -351,10 +353,11 @@ class LdaMapping(LabelMapping):
     def _estimate(self, moments):
         seen = (moments.counts > 0).nonzero().flatten()
         counts, means = moments.counts[seen], moments.means[seen]
-        covariance = within_covariance(counts, means, moments.scatter)
+        covariance, known = within_covariance(counts, means, moments.scatter)
         if self._given == "auto":
-            labels = torch.searchsorted(seen, moments.labels)
-            weights, bias, *chosen = tuned_lda(counts, means, covariance, moments.rows, labels)
+            judges = len(moments.rows) if known else 0
+            labels = torch.searchsorted(seen, moments.labels[:judges])
+            weights, bias, *chosen = tuned_lda(counts, means, covariance, moments.rows[:judges], labels)
         else:
             weights, bias = lda(counts, means, covariance, self._given)
             chosen = self._given, 1.0

@@ -296,8 +296,7 @@ def test_absent_label_is_uniform(name, laplace):
         mapping.refresh()
     (warning,) = caught
     assert str(warning.message) == (
-        f"{name}: no training sample of downstream labels 1; "
-        "their weights are uniform over the pretrained labels"
+        f"{name}: no training sample of downstream labels 1; their weights are uniform over the pretrained labels"
     )
     assert mapping.weights.tolist() == [[0, 0.25, 0], [0, 0.25, 0], [1, 0.25, 0], [0, 0.25, 1]]
 
@@ -491,9 +490,7 @@ def test_random_mapping_depends_on_the_seed_alone():
 @pytest.mark.parametrize("variant", ["none", "nobias", "sigmoid"])
 def test_linear(variant):
     state = torch.get_rng_state()
-    mapping, again, other = (
-        build_mapping("linear", 400, 30, seed=seed, linear_variant=variant) for seed in (3, 3, 4)
-    )
+    mapping, again, other = (build_mapping("linear", 400, 30, seed=seed, linear_variant=variant) for seed in (3, 3, 4))
     assert torch.get_rng_state().equal(state)
     assert mapping.weights.equal(again.weights) and not mapping.weights.equal(other.weights)
     assert set(dict(mapping.named_parameters())) == ({"matrix", "offset"} if variant == "none" else {"matrix"})
