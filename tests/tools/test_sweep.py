@@ -57,6 +57,8 @@ def test_shipped_grids(path):
     assert len({cell.folder for cell in planned}) == len({cell.log for cell in planned}) == len(planned)
     batch_sizes = {cell.cfg.batch_size for cell in planned if cell.cfg.dataset in ("dtd", "oxfordpets")}
     assert batch_sizes <= {64}, "the data set's recipe holds in a sweep as well"
+    head = path.read_text().partition("\nscript:")[0]
+    assert "# Expect: " in head and all(word in head for word in ("accuracy", "time", "memory", "measured"))
 
 
 def test_there_is_a_grid_for_every_table():
