@@ -223,7 +223,7 @@ while os.getppid() == parent:
 
 def wait_until(condition):
     """Poll for an event; the bound is far beyond any machine and only keeps a broken test from hanging."""
-    for _ in range(60_000):
+    for _ in range(15_000):
         if condition():
             return
         time.sleep(0.02)
