@@ -13,7 +13,10 @@ from functools import partial
 
 import torch
 
-_NO_SPREAD = 1e-10  # of the total scatter: rounding of logits in float32, not a spread within classes
+from .moments import SAMPLE_SIZE
+
+_NO_SPREAD = 1e-10  # of the total scatter within classes, or _ROUNDING of the logits' squares: none but for rounding
+_ROUNDING = 1e-13
 _CHOLESKY_FROM = 1e-8  # shrinkage from which on the covariance is far enough from singular
 CANDIDATES = tuple(1 / (1 + 2**-power) for power in range(-13, 8))  # of shrinkage, odds of 1 to 8192 up to 128 to 1
 _BLOCK_CELLS = 2**22  # cells of an (m, s) or (m, t) scratch in float64 at once
@@ -38,11 +41,29 @@ def within_covariance(counts, means, scatter):
     Tensor, (S, S) float64
     """
     share = (counts / counts.sum()).double()
-    between = float((share * (means - share @ means).square().sum(1)).sum())
+    between = float(share @ (means - share @ means).square().sum(1))
     within = float(scatter.trace() / counts.sum())
-    if within > _NO_SPREAD * (within + between):
+    rounding = _ROUNDING * float(share @ means.square().sum(1))
+    if within > max(_NO_SPREAD * between, rounding):
         return scatter / counts.sum()
-    return (between or 1.0) * torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device)
+    variance = between if between > rounding else 1.0
+    return variance * torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device)
+
+
+def memory_needed(num_source, num_target, tuned):
+    """Bytes that statistics and estimate take at their highest, rounded up.
+
+    Parameters
+    ----------
+    num_source, num_target : int
+        S and T.
+    tuned : bool
+        Whether by `tuned_lda`.
+    """
+    square, table = num_source**2, num_source * num_target
+    if not tuned:
+        return 8 * (7 * square + 4 * table) + 2**26
+    return 8 * (10 * square + 6 * table) + 8 * SAMPLE_SIZE * (5 * num_source + 3 * num_target) + 2**28
 
 
 def lda(counts, means, covariance, shrinkage):

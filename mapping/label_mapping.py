@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .discriminant import lda, tuned_lda, within_covariance
+from .discriminant import lda, memory_needed, tuned_lda, within_covariance
 from .estimators import labels_without_mass, one_to_one
 from .moments import Moments
 from .statistics import Statistics
@@ -35,11 +35,15 @@ class LabelMapping(nn.Module):
         Whether the method re-estimates it every epoch.
     trainable : bool
         Whether it has parameters for a gradient to train.
+    memory_needed : int
+        Bytes that `observe` and `refresh` take at their highest, for `lda`; 0 for the others, which need little more
+        than the mapping.
     k : int or None
         Probabilities kept a sample (BLM+).
     """
 
     iterative = trainable = False
+    memory_needed = 0
     _fallback = ""  # what an estimated mapping does about labels without a sample
 
     def __init__(self, name, num_source, num_target, statistics=None):
@@ -313,6 +317,7 @@ class LdaMapping(LabelMapping):
     def __init__(self, name, num_source, num_target, shrinkage="auto", iterative=True):
         super().__init__(name, num_source, num_target, Moments(num_source, num_target, sampled=shrinkage == "auto"))
         self.iterative, self._given = iterative, shrinkage
+        self.memory_needed = memory_needed(num_source, num_target, tuned=shrinkage == "auto")
         self.register_buffer("_weights", torch.zeros(num_source, num_target))
         self.register_buffer("_bias", torch.zeros(num_target))
         self.register_buffer("_chosen", torch.tensor([math.nan, 1.0], dtype=torch.float64))
@@ -356,8 +361,8 @@ class LdaMapping(LabelMapping):
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
         self._weights = torch.full_like(self._weights, 1 / self.num_source)
         self._bias = torch.full_like(self._bias, _NEVER)
-        self._weights[:, seen] = weights.to(self._weights)
-        self._bias[seen] = bias.to(self._bias)
+        seen = seen.to(self._bias.device)
+        self._weights[:, seen], self._bias[seen] = weights.to(self._weights), bias.to(self._bias)
         self._chosen = self._chosen.new_tensor(chosen)
 
 

@@ -10,12 +10,11 @@ from .estimators import bayesian, frequencies
 from .label_mapping import LdaMapping, LinearMapping, MatrixMapping, OneToOneMapping
 from .settings import Setting
 
-LAPLACE = Setting(
-    "laplace", 1.0, "Laplace smoothing λ", "0 or more", lambda value: 0 <= value < math.inf
-)
+LAPLACE = Setting("laplace", 1.0, "Laplace smoothing λ", "0 or more", lambda value: 0 <= value < math.inf)
 TOPK_RATIO = Setting(
-    "topk_ratio", 0.15, "α: each image counts with its K = max(1, ⌊αT⌋) largest probabilities", "in (0, 1]", lambda value: 0 < value <= 1
-)
+    "topk_ratio", 0.15, "α: each image counts with its K = max(1, ⌊αT⌋) largest probabilities", "in (0, 1]",
+    lambda value: 0 < value <= 1,
+)  # fmt: skip
 LINEAR_VARIANT = Setting(
     "linear_variant", "none", "with bias, without, or weights through a sigmoid",
     choices=("none", "nobias", "sigmoid"),

@@ -64,7 +64,7 @@ def user_errors():
         if not isinstance(error, MainProcessFailed):
             raw = isinstance(error, OSError) and error.strerror and error.filename
             text = f"{error.filename}: {error.strerror}" if raw else str(error)
-            print(f"error: {' '.join(text.split())}", file=sys.stderr)
+            print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -77,10 +77,15 @@ def one_line_warnings(show=lambda text: print(text, file=sys.stderr)):
         if category is not UserWarning:
             earlier(message, category, *place, **where)
         elif os.environ.get("RANK", "0") == "0":
-            show(f"warning: {message}")
+            show(f"warning: {printable(str(message))}")
 
     warnings.showwarning = shown
     try:
         yield
     finally:
         warnings.showwarning = earlier
+
+
+def printable(text):
+    """``text`` with everything that a terminal would act on, or cannot write, shown as an escape such as ``\\x1b``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -33,7 +33,7 @@ def main(argv=None):
     args = parse(argv)
     with user_errors(), one_line_warnings():
         out = Path(args.out or args.run)
-        run = load_run(args.run, args.device, args.data_path, args.weights, ("test",), args.checkpoint)
+        run = load_run(args.run, args.device, args.data_path, args.weights, ("test",), args.checkpoint, args.plugin)
         check_writable(out, "--out")
         logits, labels = test_logits(run)
         evaluation = {

@@ -56,7 +56,8 @@ def main(argv=None):
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
             _require_packages("onnx", "onnxscript")
-        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint)
+        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint,
+                       plugin=args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
@@ -94,7 +95,6 @@ def export(run, out, formats):
     ValueError
         The backbone cannot be exported, or the exported network gives other logits.
     """
-    run.settings.precision = "fp32"  # as the exported network computes, whatever training did
     size = run.system.presets[1].output_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     (_, expected), = run.logits([images])

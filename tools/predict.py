@@ -41,7 +41,8 @@ def main(argv=None):
         if args.top_k < 1:
             raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
         files = image_files(args.images)
-        run = load_run(args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint)
+        run = load_run(args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint,
+                       plugin=args.plugin)
         predictions = predict(run, files, args.top_k)
     write = {"json": as_json, "csv": as_csv, "table": as_table}[args.format]
     print(write(predictions), end="")

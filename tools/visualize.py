@@ -342,7 +342,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     with user_errors(), one_line_warnings():
         run = load_run(arguments.run, arguments.device, arguments.data_path, arguments.weights, ("test",),
-                       arguments.checkpoint)
+                       arguments.checkpoint, arguments.plugin)
         names = run.class_names
         chosen = find_labels(dict.fromkeys(arguments.label), names) or spread(LABELS_SHOWN, len(names))
         folder = Path(arguments.out or run.folder / "figures")

@@ -441,7 +441,7 @@ def test_forward_is_the_product_with_the_weights(name, device):
     mapping.observe(*(tensor.to(device) for tensor in random_batch(200, 12, 5)))
     mapping.refresh()
     logits = random_batch(9, 12, 5, seed=1)[0].to(device).requires_grad_()
-    expected = logits.double() @ mapping.weights.double()
+    expected = logits.double() @ mapping.weights.double() + (0 if mapping.bias is None else mapping.bias.double())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         with torch.autocast(device, dtype=torch.bfloat16):
             mapped = mapping(logits.to(dtype))

@@ -28,18 +28,18 @@ def sharp(monkeypatch):
 
 
 def test_names():
-    assert list(MAPPINGS) == ["rlm", "flm", "ilm", "blm", "blmpp", "linear"]
+    assert list(MAPPINGS) == ["rlm", "flm", "ilm", "blm", "blmpp", "lda", "linear"]
     for name in ("blmp", "BLM+", "blm+", "BLMpp", "Blmp"):
         assert check_mapping_name(name) == "blmpp"
     assert check_mapping_name("ILM") == "ilm"
     kinds = {name: build_mapping(name, 4, 2) for name in MAPPINGS}
-    assert [name for name, mapping in kinds.items() if mapping.iterative] == ["ilm", "blm", "blmpp"]
-    assert [name for name, mapping in kinds.items() if mapping.estimated] == ["flm", "ilm", "blm", "blmpp"]
+    assert [name for name, mapping in kinds.items() if mapping.iterative] == ["ilm", "blm", "blmpp", "lda"]
+    assert [name for name, mapping in kinds.items() if mapping.estimated] == ["flm", "ilm", "blm", "blmpp", "lda"]
     assert [name for name, mapping in kinds.items() if mapping.trainable] == ["linear"]
-    assert [name for name, mapping in kinds.items() if mapping.bias is not None] == ["linear"]
+    assert [name for name, mapping in kinds.items() if mapping.ready] == ["rlm", "linear"]
 
 
-@pytest.mark.parametrize("name", ["ilm", "blm", "blmpp"])
+@pytest.mark.parametrize("name", ["ilm", "blm", "blmpp", "lda"])
 def test_ablation_of_the_iteration(name):
     assert not build_mapping(name, 4, 2, iteration=False).iterative
 
@@ -59,7 +59,10 @@ def test_ablation_of_the_iteration(name):
     ({"bayes": 0}, r"--no-bayes must be True or False, got 0"),
     ({"name": "ilm", "bayes": False}, r"bayes=False is an ablation of blm and blmpp, got mapping 'ilm'"),
     ({"name": "blm", "topk": False}, r"topk=False is an ablation of blmpp, got mapping 'blm'"),
-    ({"name": "flm", "iteration": False}, r"iteration=False is an ablation of ilm and blm and blmpp, got"),
+    ({"name": "flm", "iteration": False}, r"iteration=False is an ablation of ilm and blm and blmpp and lda, got"),
+    ({"shrinkage": 2}, r"--shrinkage must be auto or in \[0, 1\], got 2"),
+    ({"shrinkage": "oas"}, r"--shrinkage must be auto or in \[0, 1\], got oas"),
+    ({"shrinkage": math.nan}, r"--shrinkage must be auto or in \[0, 1\], got nan"),
 ])  # fmt: skip
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -96,12 +99,14 @@ def test_one_name_cannot_mean_two_things(sharp, monkeypatch):
 def test_settings_of_the_mappings():
     users = {name: mappings for name, (_, mappings) in mapping_settings().items()}
     assert users == {
-        "iteration": ["ilm", "blm", "blmpp"], "laplace": ["blm", "blmpp"], "bayes": ["blm", "blmpp"],
-        "topk_ratio": ["blmpp"], "topk": ["blmpp"], "linear_variant": ["linear"],
+        "iteration": ["ilm", "blm", "blmpp", "lda"], "laplace": ["blm", "blmpp"], "bayes": ["blm", "blmpp"],
+        "shrinkage": ["lda"], "topk_ratio": ["blmpp"], "topk": ["blmpp"], "linear_variant": ["linear"],
     }  # fmt: skip
 
 
 def test_types_and_flags_of_settings():
+    shrinkage = mapping_settings()["shrinkage"][0].type
+    assert shrinkage("auto") == "auto" and shrinkage("0.1") == 0.1
     assert POWER.type("3") == 3.0 and POWER.flag == "--power" and POWER.affects == "result"
     assert Setting("topk", True, "").flag == "--no-topk" and Setting("over_write", False, "").flag == "--over-write"
     assert Setting("weights", None, "").type is str

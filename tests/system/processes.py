@@ -49,19 +49,24 @@ def start(script, results, *arguments, environment=None):
     results = Path(results)
     results.parent.mkdir(parents=True, exist_ok=True)
     command = ["--dataset", "synthetic", "--device", "cpu", "--results-path", str(results)]  # a GPU's bits may differ
-    command += [*PARTS[script], *map(str, arguments)]
-    process = _context().Process(target=_run, args=(script, command, str(log_of(results)), environment or {}))
+    return start_module(script, log_of(results), *command, *PARTS[script], *arguments, environment=environment)
+
+
+def start_module(module, log, *arguments, environment=None):
+    """Start the ``main`` of any module; a `multiprocessing.Process` whose output is added to the file ``log``."""
+    command = [str(argument) for argument in arguments]
+    process = _context().Process(target=_run, args=(module, command, str(log), environment or {}))
     process.start()
     return process
 
 
-def run(script, results, *arguments, timeout=120):
+def run(script, results, *arguments, timeout=600):
     """Run a script to its end; exit code."""
     process = start(script, results, *arguments)
     return finish(process, timeout)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=600):
     """Wait for a process; its exit code. One that hangs is killed and fails the test."""
     process.join(timeout)
     if process.is_alive():
@@ -110,7 +115,7 @@ def _plain(value):
     if hasattr(value, "numpy"):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if k not in ("seconds", "results_path", "workers")}
+        return {k: _plain(v) for k, v in value.items() if k not in ("seconds", "results_path", "workers", "overwrite")}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value

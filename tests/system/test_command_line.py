@@ -4,17 +4,21 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mapping import MAPPINGS
+from cfg import VLMConfig, VMConfig, VMFastConfig, flags_page
+from mapping import MAPPINGS, Setting
 from tests.data.helpers import make_ilmvp, picture, put
+from tools.training.command_line import build_parser, parse
 from tools.training.run_folder import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +30,7 @@ BACKBONES = {
 LR = {"train_vm.py": "0.003", "train_vm_fast.py": "0.003", "train_vlm.py": "1"}
 
 
-def run(script, *arguments, timeout=300):
+def run(script, *arguments, timeout=600):
     command = [sys.executable, str(ROOT / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
@@ -43,6 +47,16 @@ def smoke(script, mapping, reprogramming, results):
         "--epochs", str(epochs_of(script, mapping)), "--batch-size", "16",
         "--lr", LR[script], "--results-path", str(results), *BACKBONES[script],
     )
+
+
+def folder_of(script, mapping, reprogramming, results):
+    """The run folder of a cell, whose name carries what differs from the defaults."""
+    kind, clip = script.removeprefix("train_").removesuffix(".py"), script == "train_vlm.py"
+    more = {"weights": "none"} if clip else {"canvas_size": 64}
+    more |= {"epochs": epochs_of(script, mapping), "batch_size": 16, "lr": float(LR[script])}
+    order = ("canvas_size", "weights", "epochs", "batch_size", "lr")
+    distinct = "_".join(f"{name}={more[name]}" for name in order if name in more)
+    return results / kind / "synthetic" / f"{BACKBONES[script][1]}_{reprogramming}_{mapping}_seed0_{distinct}"
 
 
 CELLS = [
@@ -66,11 +80,10 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     outcome = outcomes[script, mapping, reprogramming]
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stderr == "", "no warning and no progress bar where the output is piped"
-    backbone = BACKBONES[script][1]
     kind = script.removeprefix("train_").removesuffix(".py")
-    folder = results / kind / "synthetic" / f"{backbone}_{reprogramming}_{mapping}_seed0"
+    folder = folder_of(script, mapping, reprogramming, results)
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["mapping"] == mapping and config["versions"]["torch"] == torch.__version__
+    assert config["settings"]["mapping"] == mapping and config["starts"][0]["versions"]["torch"] == torch.__version__
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == list(range(epochs_of(script, mapping)))
     assert min(m["train_loss"] for m in metrics[1:]) < metrics[0]["train_loss"]
@@ -82,7 +95,7 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     if kind == "vlm":
         assert 0 <= result["zero_shot"]["single"] <= 1 and 0 <= result["zero_shot"]["ensemble"] <= 1
     for name in ("last.safetensors", "best.safetensors"):
-        checkpoint = torch.load(folder / name, weights_only=True)
+        checkpoint = load_checkpoint(folder / name)
         assert checkpoint["program"].shape[0] == 3 and checkpoint["program"].abs().sum() > 0
         assert len(checkpoint["class_names"]) == 8
     assert load_checkpoint(folder / "last.safetensors")["metrics"] == metrics
@@ -92,12 +105,11 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
         assert metrics[1]["mapping_change"] > 0
 
 
-@pytest.mark.parametrize("script", ["train_vm.py", "train_vm_fast.py"])
-def test_first_epoch_is_the_same_in_the_fast_script(smoke_runs, script):
+def test_first_epoch_is_the_same_in_the_fast_script(smoke_runs):
     results, _ = smoke_runs
     lines = []
     for kind in ("vm", "vm_fast"):
-        path = results / kind / "synthetic" / "efficientnet_lite0_padding_blmpp_seed0" / "metrics.jsonl"
+        path = folder_of(f"train_{kind}.py", "blmpp", "padding", results) / "metrics.jsonl"
         lines.append(json.loads(path.read_text().splitlines()[0]))
     assert lines[0]["train_loss"] == lines[1]["train_loss"]
     assert lines[0]["test_accuracy"] == lines[1]["test_accuracy"]
@@ -105,7 +117,7 @@ def test_first_epoch_is_the_same_in_the_fast_script(smoke_runs, script):
 
 def test_finished_run_is_left_alone(smoke_runs):
     results, _ = smoke_runs
-    folder = results / "vm" / "synthetic" / "efficientnet_lite0_padding_blm_seed0"
+    folder = folder_of("train_vm.py", "blm", "padding", results)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     outcome = smoke("train_vm.py", "blm", "padding", results)
     assert outcome.returncode == 0 and "is finished" in outcome.stdout and "--overwrite" in outcome.stdout
@@ -117,8 +129,8 @@ BAD = [
     (["--mapping", "bml"], ["bml", "blmpp", "closest"]),
     (["--backbone", "resnet81"], ["resnet81", "resnet18", "timm:<name>"]),
     (["--backbone", "timm:resnet18x"], ["timm:resnet18"]),
-    (["--epochs", "0"], ["--epochs must be 1 or more, got 0"]),
-    (["--epochs", "-3"], ["--epochs must be 1 or more, got -3"]),
+    (["--epochs", "-1"], ["--epochs must be 0 or more, got -1"]),
+    (["--epochs", "-3"], ["--epochs must be 0 or more, got -3"]),
     (["--epochs", "ten"], ["--epochs", "ten"]),
     (["--topk-ratio", "0"], ["--topk-ratio must be in (0, 1], got 0"]),
     (["--topk-ratio", "1.5"], ["--topk-ratio", "1.5"]),
@@ -177,7 +189,7 @@ def test_results_path_with_a_file_in_the_way(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["vm"]
 
 
-def test_damaged_picture_of_a_set_that_fits_nowhere(tmp_path, monkeypatch, capsys):
+def test_damaged_image_of_a_set_that_fits_nowhere(tmp_path, monkeypatch, capsys):
     """It is decoded in every epoch, so that the damage shows while training."""
     import train_vm
 
@@ -225,3 +237,56 @@ def test_help_names_every_flag(script):
         "--deterministic --overwrite"
     ).split():
         assert flag in outcome.stdout
+
+
+# what one description of a setting says is read from it in five places, and nowhere else
+WIDTH = Setting("width", 3, "width of the brush in hairs", "in [1, 9]", lambda width: 1 <= width <= 9)
+
+
+@pytest.mark.parametrize("change, flag, given, refused, shown, in_name", [
+    ({}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 3)", True),
+    ({"name": "hairs"}, "--hairs", "7", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 3)", True),
+    ({"default": 5}, "--width", "3", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 5)", True),
+    ({"help": "hairs", "allowed": "below 20", "valid": lambda width: width < 20}, "--width", "10", "20",
+     "hairs (for blm), below 20 (default: 3)", True),
+    ({"affects": "rounding"}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9]", False),
+    ({"affects": "place"}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9]", False),
+])
+def test_a_setting_is_described_once(monkeypatch, change, flag, given, refused, shown, in_name):
+    setting = replace(WIDTH, **change)
+    method = MAPPINGS["blm"]
+    monkeypatch.setitem(MAPPINGS, "blm", method._replace(settings=(*method.settings, setting)))
+    usual = parse(VMConfig, "", ["--dataset", "digits", "--mapping", "blm"])
+    assert getattr(usual, setting.name) == setting.default and f"_{setting.name}=" not in str(usual.folder)
+    cfg = parse(VMConfig, "", ["--dataset", "digits", "--mapping", "blm", flag, given])
+    assert getattr(cfg, setting.name) == cfg.settings[setting.name] == int(given)
+    assert cfg.folder.name.endswith(f"_{setting.name}={given}") == in_name
+    assert setting.name in cfg.that_affect(setting.affects) and (setting.name in cfg.distinct) == in_name
+    with pytest.raises(ValueError, match=f"{flag} must be {re.escape(setting.allowed)}, got {refused}"):
+        parse(VMConfig, "", ["--dataset", "digits", "--mapping", "blm", flag, refused])
+    with pytest.raises(ValueError, match=f"{flag} is for blm, but the mapping is ilm; leave it out"):
+        parse(VMConfig, "", ["--dataset", "digits", "--mapping", "ilm", flag, given])
+    assert shown in " ".join(build_parser(VMConfig, "").format_help().split())
+    (row,) = [line for line in flags_page().splitlines() if line.startswith(f"| `{flag}` |")]
+    cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
+    assert cells[1:] == [f"`{setting.default}`", f"{setting.help} (for blm)", setting.allowed, setting.affects]
+
+
+def test_two_parts_cannot_describe_one_setting_differently(monkeypatch):
+    for name, setting in (("blm", WIDTH), ("ilm", replace(WIDTH, default=4))):
+        method = MAPPINGS[name]
+        monkeypatch.setitem(MAPPINGS, name, method._replace(settings=(*method.settings, setting)))
+    with pytest.raises(ValueError, match="'width' differently"):
+        VMConfig.of(dataset="digits", mapping="blm", width=5)
+
+
+@pytest.mark.parametrize("config", [VMConfig, VMFastConfig, VLMConfig])
+def test_every_setting_is_on_the_page_and_in_help(config):
+    written = flags_page()
+    text = build_parser(config, "").format_help()
+    for setting in config.settings_of_all().values():
+        assert f"| `{setting.flag}` |" in written and setting.flag in text
+
+
+def test_the_page_of_flags_is_the_present_one():
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page(), "python cfg.py > docs/flags.md"

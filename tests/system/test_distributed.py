@@ -48,6 +48,24 @@ def test_any_number_of_processes_gives_the_same(tmp_path, script, mapping, count
         torch.testing.assert_close(other["program"], checkpoint["program"], rtol=1e-3, atol=1e-4)
 
 
+def test_zero_shot_is_measured_by_the_first_process_alone_and_once(tmp_path):
+    """The others wait for what it found; the data set's images go through the CLIP one time, not once a process."""
+    results, arguments = tmp_path / "results", ["--mapping", "flm", "--batch-size", 16]
+    spy = tmp_path / "spy.py"
+    spy.write_text(
+        "import os\nfrom tools.training.build import System\nmeasure = System.zero_shot_accuracy\n\n\n"
+        "def spied(*args):\n    print('measuring in', os.environ['RANK'], flush=True)\n    return measure(*args)\n\n\n"
+        "System.zero_shot_accuracy = spied\n"
+    )
+    for _ in range(2):  # the second time it is on record
+        processes = start_group(2, "train_vlm", results, *arguments, "--epochs", 1, "--plugin", spy)
+        assert [finish(process) for process in processes] == [0, 0], log_of(results).read_text()
+        (folder_of(results) / "result.json").unlink()
+    log = log_of(results).read_text()
+    assert log.count("measuring in") == 1 and "measuring in 0" in log
+    assert log.count("without reprogramming: ") == 2 and "going on after epoch 1" in log
+
+
 def test_processes_that_were_stopped_go_on_as_if_they_had_not_been(tmp_path):
     """With statistics in the checkpoint: those of all processes, not of the first one alone."""
     arguments = ["--epochs", 4, "--batch-size", 22, "--mapping", "blm"]
@@ -69,7 +87,7 @@ def test_processes_that_were_stopped_go_on_as_if_they_had_not_been(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--canvas-size", 16], "canvas 16x16"),  # each process finds out by itself
     (["--dataset", "sun397", "--reprogramming", "watermarking"], "sun397"),  # the first one does, the others wait
-    (["--epochs", 0], "--epochs must be 1 or more"),  # before they have joined
+    (["--epochs", -1], "--epochs must be 0 or more"),  # before they have joined
 ])
 def test_one_process_speaks_and_all_end(tmp_path, flags, words):
     first, second = start_group(2, "train_vm", tmp_path / "results", *SHORT, *flags)
@@ -104,18 +122,16 @@ def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path):
             workers = children(launcher.pid)
             victim = next(pid for pid in workers if environ(pid)["RANK"] == "1")
             os.kill(victim, signal.SIGKILL)
-            start = time.monotonic()
-            assert launcher.wait(timeout=60) == 1
+            assert launcher.wait(timeout=600) == 1
         finally:
             launcher.kill()
             launcher.wait()
-    assert time.monotonic() - start < 60
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
     text = (tmp_path / "log").read_text()
     assert re.search(rf"rank\s*:\s*1 .*\n\s*exitcode\s*:\s*-9 \(pid: {victim}\)", text), text
 
 
-def wait_for(condition, timeout=90):
+def wait_for(condition, timeout=600):
     until = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < until, f"not so after {timeout} s"

@@ -1,4 +1,4 @@
-"""docs/guides.md and the four commands of the README, run as they stand on small pictures."""
+"""docs/guides.md and the four commands of the README, run as they stand on small images."""
 
 import json
 import os
@@ -6,19 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cfg import VLMConfig
-
 ROOT = Path(__file__).parents[2]
 README, GUIDES = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/guides.md"))
 # less work than a reader wants
-CUTS = {"--epochs 20": "--epochs 2", "--epochs 2\n": "--epochs 1\n", "--dataset digits": "--dataset synthetic"}
+CUTS = {"--epochs 20": "--epochs 2", "_epochs=20": "_epochs=2"}
 
 
 def section(text, title):
@@ -46,7 +43,7 @@ def run_commands(text, folder):
         for line in block.strip().splitlines():
             command = [sys.executable if word == "python" else word for word in shlex.split(line)]
             environment = os.environ | {"PYTHONPATH": str(folder)}
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
             outputs.append(done.stdout)
     return outputs
@@ -65,31 +62,21 @@ def write_photos(folder):
 def test_your_own_data(project):
     write_photos(project / "photos")
     checked, _, evaluated, predicted = run_commands(section(README, "Your own pictures"), project)
-    run = project / "results" / "vm" / "folder-photos" / "efficientnet_lite0_padding_blmpp_seed0"
-    accuracy = json.loads((run / "result.json").read_text())["final_accuracy"]
+    (path,) = (project / "results" / "vm" / "folder-photos").glob("*/result.json")
+    accuracy = json.loads(path.read_text())["final_accuracy"]
     assert f"{accuracy:.2%}".rstrip("%") in evaluated or f"{accuracy:.1%}".rstrip("%") in evaluated
     assert predicted.count(".jpg") >= 8 and "cat" in predicted and "dog" in predicted
 
 
-@pytest.mark.parametrize(
-    "title, script, folder",
-    [
-        ("Your own mapping in thirty lines", "train_sharp.py", "efficientnet_lite0_padding_sharp_seed0"),
-        ("Your own backbone", "train_mine.py", "mine_padding_blmpp_seed0"),
-    ],
-)
-def test_your_own_part(project, title, script, folder):
-    text = section(GUIDES, title)
+@pytest.mark.parametrize("title", ["mapping", "input VR", "backbone", "data set"])
+def test_your_own_part(project, title):
+    text = section(GUIDES, f"Your own {title}")
     (source,) = blocks(text, "python")
+    (name,) = re.findall(r"Save it as\s+`(\w+\.py)`", text)
     assert len(source.splitlines()) <= 36
-    (project / script).write_text(source, encoding="utf-8")
-    (output,) = run_commands(text, project)
-    result = json.loads((project / "results" / "vm" / "synthetic" / folder / "result.json").read_text())
-    assert result["epochs"] == 1 and 0 <= result["final_accuracy"] <= 1
+    (project / name).write_text(source, encoding="utf-8")
+    output, *_ = run_commands(text, project)
+    (path,) = (project / "results" / "vm").rglob("result.json")
+    result = json.loads(path.read_text())
+    assert result["epochs"] == 2 and 0 <= result["final_accuracy"] <= 1
     assert "fast path" in output
-
-
-def test_readme_names_every_flag():
-    for setting in fields(VLMConfig):
-        flag = "--" + ("no-" if setting.default is True else "") + setting.name.replace("_", "-")
-        assert f"| `{flag}` |" in README

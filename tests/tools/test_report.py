@@ -12,38 +12,57 @@ import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
+from tools.training.checkpoint import write_checkpoint
+from tools.training.run_folder import checkpoint_path, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "dataset": "flowers102", "backbone": "resnet18", "reprogramming": "padding", "mapping": "ilm", "seed": 0,
-    "epochs": 2, "batch_size": 256, "lr": 0.01, "train_fraction": 1.0, "laplace": 1.0, "topk_ratio": 0.15,
-    "linear_variant": "none", "bayes": True, "topk": True, "iteration": True, "canvas_size": None, "weights": None,
-    "precision": "fp32", "engine": "all", "device": "cpu", "workers": 0, "results_path": "results",
+    "epochs": 2, "batch_size": 256, "lr": 0.01, "device": "cpu", "workers": 0, "results_path": "results",
 }
+START = {"time": "2026-01-01T00:00:00", "host": "here", "device": "CPU of 2 cores", "threads": 2, "command": "…"}
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"></script><script>document.title='taken'</script> & 'daisy'"
+NAMED = ("dataset", "backbone", "reprogramming", "mapping", "seed", "epochs")
 
 
-def make_run(results, final, *, kind="vm", seconds=30.0, classes=("rose", "oxeye daisy"), sources=None, **settings):
-    """A run folder as a script leaves it, with two downstream and four pretrained labels."""
-    settings = SETTINGS | settings
+def make_run(results, final, *, kind="vm", seconds=30.0, classes=("rose", "oxeye daisy"), sources=None, data="1",
+             starts=(START,), done=None, top_labels=((1, 3, 0), (2, 1, 0)),
+             top_weights=((0.6, 0.25, 0), (0.5, 0.125, 0.0)), measured=None, **changes):
+    """A run folder as a script leaves it; unfinished after ``done`` epochs. All changes but names are distinct."""
+    settings = SETTINGS | changes
     folder = results / f"{kind}_{len(list(results.glob('*')))}"
     folder.mkdir(parents=True)
     steps = {"estimate": seconds / 2, "train": seconds, "test": seconds / 2}
+    count = settings["epochs"] if done is None else done
     metrics = [
-        {"epoch": e, "train_loss": 2.0 - e, "train_accuracy": 0.5, "test_accuracy": final - 0.1 * (1 - e),
-         "mapping_change": 0.25 if e else None, "lr": 0.01, "seconds": steps}
-        for e in range(settings["epochs"])
+        {"epoch": e, "train_loss": 2.0 / (e + 1), "train_accuracy": 0.5,
+         "test_accuracy": max(final - 0.1 * (1 - e / max(count - 1, 1)), 0), "mapping_change": 0.25 / e if e else None,
+         "lr": 0.01, "seconds": steps}
+        for e in range(count)
     ]
-    write_json(folder / "config.json", {"kind": kind, "settings": settings})
+    distinct = {key: value for key, value in changes.items() if key not in NAMED[:5]}
+    write_json(folder / "config.json", {
+        "format": 2, "kind": kind, "settings": settings, "distinct": distinct,
+        "content": {"training images": data, "test images": data}, "starts": list(starts),
+    })
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    write_json(folder / "result.json", {"final_accuracy": final, "best_accuracy": final + 0.05})
-    top = {"labels": torch.tensor([[1, 3, 0], [2, 1, 0]]), "weights": torch.tensor([[0.6, 0.25, 0], [0.5, 0.125, 0.0]])}
-    torch.save({
-        "kind": kind, "settings": settings, "metrics": metrics, "mapping": {}, "program": torch.randn(3, 224, 224),
-        "class_names": list(classes), "source_names": list(sources or ("tench", "daisy", "sea urchin", "vase")),
-        "history": [{"epoch": 1, **top}],
-    }, folder / "last.safetensors")
+    if done is None:
+        write_json(folder / "result.json", {"final_accuracy": final, "best_accuracy": min(final + 0.05, 1)})
+    if measured is not None:
+        classes_measured = [{"name": n, "accuracy": a} for n, a in zip(classes, measured, strict=True)]
+        write_json(folder / "evaluation.json", {"epoch": count - 1, "classes": classes_measured})
+    if count:
+        top = {"labels": torch.tensor(top_labels), "weights": torch.tensor(top_weights)}
+        write_state(folder, {
+            "kind": kind, "settings": settings, "metrics": metrics, "mapping": {}, "program": torch.randn(3, 224, 224),
+            "class_names": list(classes), "source_names": list(sources or ("tench", "daisy", "sea urchin", "vase")),
+            "history": [{"epoch": count - 1, **top}],
+        })
     return folder
+
+
+def write_state(folder, state):
+    write_checkpoint(checkpoint_path(folder), state)
 
 
 def run(capsys, *arguments):
@@ -75,56 +94,118 @@ def results(tmp_path):
 def test_markdown(results, capsys):
     head, rule, ours, published = rows(run(capsys, results, "--format", "markdown").out)
     assert head == ["data set", "backbone", "input VR", "script", "ilm", "blm", "linear",
-                    "seeds", "epochs", "batch", "minutes a run"]
+                    "seeds", "epochs", "minutes per run"]
     assert set("".join(rule)) == {"-", ":"}
     # 25, 28, 31 %: mean 28, sample standard deviation 3; (15 + 30 + 15) s, twice, are 2 minutes
-    assert ours == ["flowers102", "resnet18", "padding", "train_vm", "28.0 ± 3.0", "**40.0**", "90.0",
-                    "1–3", "2", "256", "2.0–4.0"]
-    assert published == ["flowers102", "resnet18", "padding", "published", "27.9 ± 0.7", "–", "–", *"––––"]
+    assert ours == ["flowers102", "resnet18", "padding", "train_vm", "28.0 ± 3.0", "40.0", "90.0",
+                    "1–3", "2", "2.0–4.0"]
+    assert published == ["flowers102", "resnet18", "padding", "published", "27.9 ± 0.7", "–", "–", *"–––"]
+
+
+def test_only_cells_of_equally_many_seeds_compete_for_bold(results, capsys):
+    """Three seeds of ilm against one of blm: neither; with two more of blm it wins, and flm's single 0.8 does not."""
+    for seed in (1, 2):
+        make_run(results, 0.4, mapping="blm", seed=seed)
+    make_run(results, 0.8, mapping="flm")
+    ours = rows(run(capsys, results, "--format", "markdown").out)[2]
+    assert ours[4:8] == ["80.0", "28.0 ± 3.0", "**40.0 ± 0.0**", "90.0"]
+
+
+def test_mappings_of_plugins_come_last(results, capsys):
+    make_run(results, 0.45, mapping="my_own")
+    make_run(results, 0.35, mapping="a_plugin")
+    head, _, ours, _ = rows(run(capsys, results, "--format", "markdown").out)
+    assert head[4:9] == ["ilm", "blm", "linear", "a_plugin", "my_own"]
+    assert ours[4:9] == ["28.0 ± 3.0", "40.0", "90.0", "35.0", "**45.0**"]
+
+
+def test_seeds_of_other_data_are_not_averaged(results, capsys):
+    make_run(results, 0.9, seed=7, data="2")
+    head, _, *lines = rows(run(capsys, results, "--format", "markdown").out)
+    ours = [line for line in lines if line[3] == "train_vm"]
+    assert sorted(line[4] for line in ours) == ["28.0 ± 3.0", "90.0"] and head[-1] == "note"
+    notes = [line[-1] for line in ours]
+    assert len(set(notes)) == 2 and all("rows of this name differ in labels or images" in note for note in notes)
+
+
+def test_other_machines_and_threads_are_noted(results, capsys):
+    make_run(results, 0.34, seed=3, starts=[START, START | {"device": "GPU", "threads": 8}])
+    assert rows(run(capsys, results, "--format", "markdown").out)[2][-1] == (
+        "ilm: runs on CPU of 2 cores and GPU, runs with 2 and 8 threads"
+    )
 
 
 def test_latex(results, capsys, tmp_path):
     make_run(results, 0.5, backbone="timm:a_b&c", dataset="synthetic")
+    make_run(results, 0.5, seed=1, mapping="blm")
+    make_run(results, 0.5, seed=2, mapping="blm")
     run(capsys, results, "--format", "latex", "--out", tmp_path / "t.tex")
     text = (tmp_path / "t.tex").read_text()
-    assert r"28.0 $\pm$ 3.0 & \textbf{40.0} & 90.0 & 1--3" in text
+    assert r"28.0 $\pm$ 3.0 & \textbf{46.7 $\pm$ 5.8} & 90.0 & 1--3" in text
     assert r"synthetic & timm:a\_b\&c & padding & train\_vm" in text
     body = text.split(r"\midrule")[1].split(r"\bottomrule")[0]
-    assert {line.count("&") - line.count(r"\&") for line in body.strip().splitlines()} == {10}
+    assert {line.count("&") - line.count(r"\&") for line in body.strip().splitlines()} == {9}
 
 
 @pytest.mark.parametrize("other, shown", [
-    ({"lr": 0.1}, "lr 0.1"), ({"epochs": 1}, None), ({"batch_size": 64}, None),
-    ({"precision": "bf16"}, "precision bf16"), ({"mapping": "blmpp", "topk_ratio": 1.0}, "topk ratio 1.0"),
-    ({"train_fraction": 0.4}, "train fraction 0.4"), ({"mapping": "blm", "laplace": 10.0}, "laplace 10.0"),
-    ({"mapping": "blm", "bayes": False}, "no bayes"), ({"iteration": False}, "no iteration"),
-    ({"weights": "/w.pth"}, "weights /w.pth"), ({"a_new_setting": 7}, "a new setting 7"),
+    ({"lr": 0.1}, "lr 0.1"), ({"epochs": 1}, "1"), ({"batch_size": 64}, "batch size 64"),
+    ({"mapping": "blm", "bayes": False}, "no bayes"), ({"a_new_setting": 7}, "a new setting 7"),
+    ({"weights": "/w.pth"}, "weights /w.pth"),
 ])
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(results, capsys, other, shown):
     make_run(results, 0.7, seed=5, **other)
     lines = [line for line in rows(run(capsys, results, "--format", "markdown").out)[2:] if line[3] == "train_vm"]
     assert len(lines) == 2 and {"28.0 ± 3.0", "40.0"} <= {cell.strip("*") for line in lines for cell in line}
     assert "70.0" in next(line for line in lines if "28.0 ± 3.0" not in line)
-    assert shown is None or sum(shown in line for line in lines) == 1
+    assert sum(shown in line for line in lines) == 1
 
 
-def test_settings_without_effect_do_not_part_runs(results, capsys):
-    make_run(results, 0.34, seed=3, device="cuda", workers=4, engine="plain", laplace=3.0, results_path="elsewhere")
+def test_settings_that_are_not_distinct_do_not_part_runs(results, capsys):
+    folder = make_run(results, 0.34, seed=3)
+    change_config(folder, settings=SETTINGS | {"seed": 3, "device": "cuda", "workers": 4, "results_path": "elsewhere"})
     _, _, ours, _ = rows(run(capsys, results, "--format", "markdown").out)
     assert ours[4] == "29.5 ± 3.9" and ours[7] == "1–4"
 
 
-def test_what_is_left_out_is_named(results, capsys):
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_one_bad_run_never_stops_a_report_over_others(results, capsys):
     make_run(results, 0.99, seed=1)
-    (make_run(results, 0.99, seed=8) / "result.json").unlink()
     (make_run(results, 0.99, seed=9) / "metrics.jsonl").write_text("{}\n")
-    (make_run(results, 0.99, seed=10) / "config.json").write_text('{"kind": "vm", "settings": {"mapping": []}}')
+    (make_run(results, 0.99, seed=10) / "config.json").write_text("[]")
+    change_config(make_run(results, 0.99, seed=11), format=None)
+    change_config(make_run(results, 0.99, seed=12), format=3)
+    change_config(make_run(results, 0.99, seed=13), settings={"mapping": []})
+    change_config(make_run(results, 0.99, seed=14), kind="vm\x1b[31m")
+    change_config(make_run(results, 0.99, seed=15), starts="now")
+    for damage in ("1" + "0" * 400, "-0.5", "NaN", "[" * 10000, "1" + "0" * 5000):
+        (make_run(results, 0.99, seed=16) / "result.json").write_text(f'{{"final_accuracy": {damage}}}')
+    folder = make_run(results, 0.99, seed=17)
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace("15.0", "1" + "0" * 400))
+    (make_run(results, 0.99, seed=18) / "metrics.jsonl").write_bytes(b"\xff")
+    (make_run(results, 0.99, seed=19) / "evaluation.json").write_text('{"epoch": 1, "classes": [3]}')
+    folder.rename(results / "a\x1b]0;b\udcff")
     outcome = run(capsys, results, "--format", "markdown")
     assert rows(outcome.out)[2][4] == "28.0 ± 3.0"
     warnings = outcome.err.splitlines()
-    assert len(warnings) == 4 and all(line.startswith("warning: left out: ") for line in warnings)
-    for word in ("repeats", "not finished", "train_loss", "lacks"):
-        assert sum(word in line for line in warnings) == 1
+    assert len(warnings) == 16 and all(line.startswith("warning: left out: ") for line in warnings)
+    for word in ("repeats", "an older version", "a newer version", "a known kind", "lacks dataset", "no config.json of",
+                 "test_accuracy is None", "-0.5", "nan", r"a\x1b]0;b\udcff", "got int"):
+        assert sum(word in line for line in warnings) == 1, word
+    assert "\x1b" not in outcome.err
+    page = run(capsys, results, "--out", results / "page.html")
+    assert len(page.err.splitlines()) == 16
+
+
+def test_escapes_in_names_are_shown(results, capsys):
+    folder = make_run(results, 0.5, dataset="a\x1b[31mb\ud800\u202e")
+    outcome = run(capsys, results, "--format", "markdown").out
+    assert r"a\\x1b\[31mb\\ud800\\u202e" in outcome and outcome.isascii() is False and "\x1b" not in outcome
+    run(capsys, folder, "--out", results / "page.html")
+    assert page_data(results / "page.html")["groups"][0]["dataset"] == r"a\x1b[31mb\ud800\u202e"
 
 
 def test_the_same_folder_twice_is_one_run(results, capsys):
@@ -134,23 +215,31 @@ def test_the_same_folder_twice_is_one_run(results, capsys):
 
 def test_bad_input(tmp_path, capsys):
     assert "no folder" in fails(capsys, tmp_path / "absent")
-    assert "holds no finished run" in fails(capsys, tmp_path)
-    unfinished = make_run(tmp_path, 0.5)
-    (unfinished / "result.json").unlink()
-    assert "is not finished" in fails(capsys, unfinished)
+    assert "holds no run" in fails(capsys, tmp_path)
+    unfinished = make_run(tmp_path, 0.5, done=1)
+    assert "holds no finished run" in fails(capsys, unfinished, "--format", "latex")
     assert "invalid choice" in fails(capsys, tmp_path, "--format", "pdf")
     assert "did you mean --format" in fails(capsys, tmp_path, "--formt", "html")
-    broken = make_run(tmp_path, 0.5, seed=2)
-    (broken / "last.safetensors").write_bytes(b"none")
-    assert "last.pt is no" in fails(capsys, broken, "--out", tmp_path / "r.html")
-    for damage in (
+
+
+def test_damaged_checkpoints_cost_their_pattern_alone(tmp_path, capsys):
+    folder, out = make_run(tmp_path / "runs", 0.5), tmp_path / "page.html"
+    whole = load_checkpoint(checkpoint_path(folder))
+    checkpoint_path(folder).write_bytes(b"none")
+    damages = [None, *(
         {"history": [{"labels": torch.tensor([[9], [0]]), "weights": torch.ones(2, 1)}]}, {"history": [{}]},
+        {"history": [{"labels": torch.tensor([[1], [0]]), "weights": torch.full((2, 1), torch.nan)}]},
         {"program": torch.zeros(3)}, {"program": torch.zeros(3, 4, 5)}, {"class_names": [1, 2]},
-    ):
-        state = torch.load(make_run(tmp_path, 0.5, seed=3) / "last.safetensors")
-        torch.save(state | damage, broken / "last.safetensors")
-        assert "last.pt holds no" in fails(capsys, broken, "--out", tmp_path / "r.html")
-    assert not (tmp_path / "r.html").exists()
+    )]
+    for damage in damages:
+        if damage is not None:
+            write_state(folder, whole | damage)
+        error = run(capsys, folder, "--out", out).err
+        assert error.startswith("warning: no pattern and mapping of this run: ") and error.count("\n") == 1
+        (details,) = page_data(out)["runs"]
+        assert details["pattern"] is details["mapping"] is None and details["result"] == [50.0, pytest.approx(55)]
+    checkpoint_path(folder).unlink()
+    assert "is gone" in run(capsys, folder, "--out", out).err
 
 
 def test_help_and_exit_code_of_the_command():
@@ -161,7 +250,7 @@ def test_help_and_exit_code_of_the_command():
 
 def page_data(path):
     text = path.read_text(encoding="utf-8")
-    return json.loads(text.split("const data = ")[1].split(";\n")[0])
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
 
 
 def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
@@ -178,6 +267,25 @@ def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
     assert data["runs"][0]["curves"]["mapping_change"] == [None, 0.25]
 
 
+def test_page_shows_how_far_unfinished_runs_are(results, capsys):
+    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    make_run(results, 0.2, seed=4, epochs=10, done=0)
+    outcome = run(capsys, results, "--out", results / "page.html")
+    assert outcome.err == "2 unfinished, 5 finished runs\n"
+    data = page_data(results / "page.html")
+    begun, waiting = (g["progress"] for g in data["groups"] if "progress" in g)
+    assert begun["done"] == 4 and begun["to_go"] == pytest.approx(6) and begun["ended"].endswith("Z")  # a minute each
+    assert waiting == {"done": 0, "ended": None, "to_go": None}
+    details = data["runs"][-2]
+    assert details["result"] is None and len(details["curves"]["test_accuracy"]) == 4 and details["pattern"]
+
+
+def test_negative_weights_are_kept(tmp_path, capsys):
+    make_run(tmp_path, 0.5, mapping="linear", top_weights=((0.5, -2.0, 0), (-1.0, -3.0, 0)))
+    run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    assert page_data(tmp_path / "page.html")["runs"][0]["mapping"] == [[[1, 0.5], [3, -2.0]], [[2, -1.0], [1, -3.0]]]
+
+
 def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
     out = tmp_path / "page.html"
     run(capsys, vm_run, vlm_run, "--out", out)
@@ -187,9 +295,9 @@ def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
         assert group["accuracy"] == pytest.approx(100 * result["final_accuracy"])
         details = data["runs"][group["runs"][0]]
         classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
-        assert len(details["mapping"]) == len(classes) == 8 and details["pattern"].startswith("data:image/png;base64,")
+        assert len(details["mapping"]) == len(classes) == 8 and details["pattern"].startswith("data:image/webp;base64,")
         assert all(0 <= s < len(sources) and 0 < w <= 1 for pairs in details["mapping"] for s, w in pairs)
-    weights = torch.load(vm_run / "last.safetensors", weights_only=True)["mapping"]["_weights"]
+    weights = load_checkpoint(checkpoint_path(vm_run))["mapping"]["_weights"]
     vm = data["runs"][data["groups"][0]["runs"][0]]["mapping"]
     assert [pairs[0][1] for pairs in vm] == pytest.approx(weights.max(0).values.tolist(), rel=1e-4)
     assert all(weights[s, t] == pytest.approx(w, rel=1e-4) for t, pairs in enumerate(vm) for s, w in pairs)
@@ -261,7 +369,7 @@ class Page:
 
     def table(self, selector):
         script = "return [...document.querySelector(arguments[0]).tBodies[0].rows].map(" \
-                 "row => [...row.cells].map(cell => cell.innerText.trim()))"
+                 "row => [...row.querySelectorAll('td:not(.break)')].map(cell => cell.innerText.trim()))"
         return self.browser.execute_script(script, selector)
 
     def column(self, name):
@@ -274,6 +382,28 @@ class Page:
     def sort(self, name):
         self.head(name).find_element("css selector", "button").click()
 
+    def until(self, selector, text):
+        """Wait for a text; following a link to a run takes the browser a moment."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 60).until(lambda _: text in self.one(selector).text)
+
+    def command(self, name, **arguments):
+        self.browser.execute_cdp_cmd(name, arguments)
+
+    def keys(self):
+        from selenium.webdriver import ActionChains
+
+        return ActionChains(self.browser)
+
+    def keys_of(self, selector):
+        charts = self.all(selector)
+        return [[part.text for part in chart.find_elements("css selector", ".key span")] for chart in charts]
+
+    def focused_row(self):
+        row = self.browser.switch_to.active_element.find_element("xpath", "ancestor::tr")
+        return [row.find_element("css selector", "a").text, row.find_element("css selector", ".accuracy").text]
+
     def type(self, selector, text):
         field = self.one(selector)
         field.clear()
@@ -281,8 +411,6 @@ class Page:
 
 
 def test_leaderboard_sorts_and_filters(page):
-    assert page.column("accuracy") == ["50.0", "28.0 ± 3.0", "40.0", "90.0", "90.0"]
-    page.sort("accuracy")
     assert page.column("accuracy") == ["90.0", "90.0", "50.0", "40.0", "28.0 ± 3.0"]
     assert page.head("accuracy").get_attribute("aria-sort") == "descending"
     page.sort("accuracy")
@@ -293,31 +421,148 @@ def test_leaderboard_sorts_and_filters(page):
     assert page.column("published") == ["27.9 ± 0.7", "–", "–", "–", "–"]
     page.type("#filter", "flowers ilm")
     assert page.column("accuracy") == ["28.0 ± 3.0"] and "1 of 5" in page.one("#shown").text
+
+
+def test_best_row_is_open_and_a_filter_never_leaves_another_one_s_details(page):
+    assert page.one("#title").text.startswith("linear on flowers102")
+    page.type("#filter", "ilm")
+    assert page.one("#title").text == "ilm on flowers102, resnet18, padding"
     page.type("#filter", "nothing such")
-    assert page.column("accuracy") == []
+    assert page.column("accuracy") == [] and "no row" in page.one("#shown").text
+    assert not page.one("#details").is_displayed() and not page.one("#comparison").is_displayed()
+    page.type("#filter", "dtd")
+    assert page.one("#title").text == "rlm on dtd, resnet18, padding (batch size 64)"
 
 
-def test_best_mapping_is_bold_among_runs_that_are_alike(page):
-    bold = [span.text for span in page.all("#board .best")]
-    assert bold == ["40.0"], "28.0 loses, linear is a reference, the others have no rival"
+def test_best_mapping_is_bold_among_equally_many_seeds(browser, results, capsys):
+    make_run(results, 0.3, mapping="flm")  # one seed, as blm; ilm has three
+    run(capsys, results, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    assert [span.text for span in Page(browser).all("#board .best")] == ["40.0"]
 
 
 def test_details_of_a_run_and_its_seeds(page):
     page.type("#filter", "ilm")
-    page.one("#board tbody tr").click()
-    assert page.one("#title").text == "ilm on flowers102, resnet18, padding"
     assert [button.text for button in page.all("#seeds button")] == ["seed 0", "seed 1", "seed 2"]
     assert "final 25.00 %" in page.one("#about").text
     page.all("#seeds button")[2].click()
-    assert "final 31.00 %, best on test 36.00 %, 2.0 minutes" in page.one("#about").text
+    about = page.one("#about").text
+    assert "final 31.00 %, best on test 36.00 %, 2 minutes, on CPU of 2 cores, 2 threads" in about
     lines = page.all("#curves polyline")
     assert [len(line.get_attribute("points").split()) for line in lines] == [2, 2, 2, 1]  # ‖Δω‖ starts an epoch later
     assert page.browser.execute_script("return document.querySelector('#pattern').naturalWidth") == 224
 
 
+def test_keyboard_alone_opens_rows_and_their_address_links_to_them(page, results):
+    keys = page.keys()
+    page.one("#filter").click()
+    for _ in range(14):  # boxes of the head come first: one stop each, then the open row
+        keys.send_keys("\ue004").perform()
+        if page.browser.switch_to.active_element.tag_name == "a":
+            break
+    assert page.focused_row() == ["linear", "90.0"]
+    keys.send_keys("\ue015\ue015").perform()  # two rows down
+    assert page.focused_row() == ["rlm", "50.0"]
+    keys.send_keys("\ue010").perform()  # End
+    assert page.focused_row() == ["ilm", "28.0 ± 3.0"]
+    keys.send_keys("\ue007").perform()  # Enter
+    page.until("#title", "ilm on")
+    assert page.browser.switch_to.active_element.get_attribute("id") == "title"
+    keys.send_keys("\ue004").perform()  # into the details
+    assert page.browser.switch_to.active_element.text == "seed 0"
+    keys.send_keys("\ue004\ue007").perform()
+    assert "final 28.00 %" in page.one("#about").text and page.browser.switch_to.active_element.text == "seed 1"
+    link = page.browser.current_url
+    assert link.endswith("vm_1")
+    page.browser.get("about:blank")
+    page.browser.get(link)
+    assert "final 28.00 %" in page.one("#about").text and page.one("#title").text.startswith("ilm on")
+    page.browser.get(link.rpartition("#")[0] + "#%E0")  # no address of ours
+    page.browser.refresh()
+    assert page.one("#title").text.startswith("linear on") and page.browser.get_log("browser") == []
+
+
+def test_comparison_of_curves_and_classes(browser, results, capsys):
+    make_run(results, 0.6, mapping="flm", dataset="dtd", measured=[0.5, 0.25])
+    make_run(results, 0.7, mapping="blmpp", dataset="dtd", measured=[0.25, None])
+    make_run(results, 0.8, mapping="blmpp", dataset="dtd", seed=1, measured=[0.5, 1.0])
+    run(capsys, results, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
+    assert page.keys_of("#together .chart") == [["linear", "blm", "ilm"]] * 2  # the open row and those like it
+    assert "measures a run" in page.one("#sum").text and not page.one("#choice").is_displayed()
+    page.type("#filter", "dtd")
+    assert page.keys_of("#together .chart") == [["blmpp", "flm"]] * 2
+    # 0.6, 0.7 at the start and 0.7, 0.8 at the end of blmpp, 0.5 and 0.6 of flm, on an axis from 50 to 75 %
+    ends = [[float(point.split(",")[1]) for point in line.get_attribute("points").split()]
+            for line in page.all("#together .chart:first-child polyline")]
+    assert (ends[1][0] - ends[0][0]) == pytest.approx(1.5 * (ends[1][0] - ends[1][1])) and ends[0][0] > ends[0][1]
+    assert page.table("#differences") == [["oxeye daisy", "100.0", "25.0", "+75.0", ""],
+                                          ["rose", "37.5", "50.0", "−12.5", ""]]
+    bars = page.all("#differences i")
+    styles = [bar.get_attribute("style") for bar in bars]
+    assert styles == ["width: 50%; left: 50%;", "width: 8.33333%; left: 41.6667%;"]
+    assert "better in 1 classes, worse in 1, equal in 0" in page.one("#sum").text
+    page.type("#filter", " ")
+    page.all("#board input")[page.column("mapping").index("linear")].click()
+    assert page.keys_of("#together .chart")[0] == ["linear · flowers102", "blmpp · dtd", "flm · dtd"]
+    page.one("#alike").click()
+    assert page.keys_of("#together .chart") == [["blmpp", "flm"]] * 2
+
+
+def test_unfinished_runs_are_shown_with_their_progress(browser, results, capsys):
+    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    run(capsys, results, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
+    ((name, epochs, accuracy, to_go, _),) = page.table("#running")
+    assert name == "ilm · flowers102 · resnet18 · padding · train_vm · seed 3"
+    assert (epochs, accuracy, to_go) == ("4 of 10", "20.0", "6") and page.one("progress").get_attribute("value") == "4"
+    assert page.one("#sweep").text.startswith("5 of 6 runs are finished")
+    page.one("#running a").click()
+    page.until("#about", "4 of 10 epochs")
+    assert page.one("#pattern").is_displayed()
+    assert "ilm" in page.one("#title").text and page.table("#explorer")[0][0] == "rose"
+
+
+def test_explorer_bars_are_scaled_by_label_and_signed(browser, tmp_path, capsys):
+    make_run(tmp_path, 0.5, mapping="linear", top_weights=((0.02, -0.01, 0), (5.0, -5.0, 0)))
+    run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    page = Page(browser)
+    assert page.table("#explorer") == [["rose", "0.020\ndaisy\n−0.010\nvase"],
+                                       ["oxeye daisy", "5.0\nsea urchin\n−5.0\ndaisy"]]
+    bars = [(bar.get_attribute("class"), bar.get_attribute("style")) for bar in page.all("#explorer i")]
+    assert bars == [("", "width: 50%; left: 50%;"), ("minus", "width: 25%; left: 25%;"),
+                    ("", "width: 50%; left: 50%;"), ("minus", "width: 50%; left: 0%;")]
+    assert "speak against" in page.one("#reading").text
+
+
+@pytest.mark.parametrize("width", [390, 820, 1400])
+def test_accuracy_is_in_view_at_any_width(page, width):
+    page.command("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    try:
+        fits = page.browser.execute_script("""
+            const cells = [...document.querySelectorAll("#board td.accuracy, #board td[data-name=minutes]")];
+            const right = Math.max(...cells.map((cell) => cell.getBoundingClientRect().right));
+            return [cells.length, right <= innerWidth, document.documentElement.scrollWidth <= innerWidth];""")
+        assert fits == [10, True, True]
+    finally:
+        page.command("Emulation.clearDeviceMetricsOverride")
+
+
+def test_dark_mode(page):
+    colours = []
+    for scheme in ("light", "dark"):
+        page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        script = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+        colours.append([sum(map(int, c[4:-1].split(","))) for c in page.browser.execute_script(script)])
+    page.command("Emulation.setEmulatedMedia", features=[])
+    assert colours[0][0] < 150 < 700 < colours[0][1] and colours[1][1] < 150 < 600 < colours[1][0]
+
+
 def test_explorer_searches_both_ways(page):
     page.type("#filter", "ilm")
-    page.one("#board tbody tr").click()
     assert page.table("#explorer") == [["rose", "0.60\ndaisy\n0.25\nvase"],
                                        ["oxeye daisy", "0.50\nsea urchin\n0.13\ndaisy"]]
     page.type("#search", "DAISY")

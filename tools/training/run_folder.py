@@ -229,7 +229,8 @@ class Run:
             self._write_log()
 
     def _write_log(self):
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self.folder / "log.txt", flags, 0o644), "a", encoding="utf-8") as log:
             log.writelines(f"{line}\n" for line in self._log_lines)
         self._log_lines = []
 

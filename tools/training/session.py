@@ -81,12 +81,13 @@ class Session:
         self._previous_weights, self._history, self.first_epoch = None, [], 0
         self._stack.callback(self.run.close)
         with user_errors():
+            rounding = self.run.other_rounding()  # before the new start is noted
             checkpoint = distributed.by_main_process(lambda: self.run.open(system.content, _model_of(device)))
             if checkpoint is not None:
                 self.trainer.load_state_dict(checkpoint)
             self._tensorboard = _open_tensorboard(cfg.folder) if cfg.tensorboard and self.main else None
         if checkpoint is not None:
-            self._go_on_from(checkpoint)
+            self._go_on_from(checkpoint, rounding)
         self.log(f"run folder: {cfg.folder}; ready after {time.perf_counter() - start:.1f} s")
 
     def _leave_a_finished_run(self, system):
@@ -100,7 +101,7 @@ class Session:
                  "--overwrite starts from scratch")
         sys.exit(0)
 
-    def _go_on_from(self, checkpoint):
+    def _go_on_from(self, checkpoint, rounding):
         self.run.metrics = checkpoint["metrics"]
         self.first_epoch = len(checkpoint["metrics"])
         self._history = checkpoint.get("history", [])
@@ -108,7 +109,7 @@ class Session:
         if "zero_shot" in checkpoint:
             self.extra_results["zero_shot"] = checkpoint["zero_shot"]
         self.log(f"going on after epoch {self.first_epoch} of {self.cfg.folder}")
-        for difference in self.run.other_rounding():
+        for difference in rounding:
             warnings.warn(f"{difference}: from here on the run rounds otherwise than it began", stacklevel=2)
 
     def log(self, text):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from cfg import VLMConfig, VMConfig
 from models import SWITCHES
 from tools.training import trainer as training
+from tools.training.build import build_clip, build_vision
 
 ALL, STAND_IN = ",".join(SWITCHES), torch.device("meta")
 
@@ -64,13 +65,13 @@ def on_the_stand_in(monkeypatch):
 
 
 CASES = {
-    "padding, cnn": (assemble, VMConfig, {"mapping": "blmpp", "backbone": "resnet18", "canvas_size": 64}),
+    "padding, cnn": (build_vision, VMConfig, {"mapping": "blmpp", "backbone": "resnet18", "canvas_size": 64}),
     "watermarking, cnn": (
-        assemble, VMConfig,
+        build_vision, VMConfig,
         {"mapping": "ilm", "backbone": "resnet18", "canvas_size": 64, "reprogramming": "watermarking"},
     ),
-    "plain": (assemble, VMConfig, {"mapping": "blm", "backbone": "resnet18", "canvas_size": 64, "engine": "plain"}),
-    "clip": (assemble_clip, VLMConfig, {"mapping": "blmpp", "backbone": "tiny-test"}),
+    "plain": (build_vision, VMConfig, {"mapping": "blm", "backbone": "resnet18", "canvas_size": 64, "engine": "plain"}),
+    "clip": (build_clip, VLMConfig, {"mapping": "blmpp", "backbone": "tiny-test"}),
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ CASES = {
 def test_no_step_waits_for_the_device_or_mixes_devices(tmp_path, on_the_stand_in, case):
     build, config, options = CASES[case]
     defaults = {"dataset": "synthetic", "weights": "none", "engine": ALL, "results_path": str(tmp_path)}
-    settings = config(**{**defaults, **options})
+    settings = config.of(**defaults | options)
     system = on_the_stand_in(build(settings, torch.device("cpu")))
 
     forwards, crossings = [], {}

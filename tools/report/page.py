@@ -1,0 +1,158 @@
+"""The page: all that it shows is data in JSON, which the script of page.html sets as text, never as markup."""
+
+import base64
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data import image_size
+from models import REPROGRAMMING, build_input_vr
+from tools.console import printable
+from tools.report.runs import CURVES, best_mappings, data_notes, published, published_tables, warn
+from tools.training.run_folder import checkpoint_path, load_checkpoint
+
+
+def as_html(rows, unfinished):
+    """The page of finished runs, as `tabulate` gives them, and a list of unfinished ones."""
+    of_data, name_lists, groups, runs = data_notes(rows), [], [], []
+    for row, cells in rows.items():
+        best = best_mappings(cells)
+        for mapping, cell in cells.items():
+            groups.append(_group(row, mapping, len(runs), len(cell.runs)) | {
+                "accuracy": cell.mean, "std": cell.std, "best": cell.best_on_test, "minutes": cell.minutes,
+                "published": published(row, mapping), "wins": mapping in best,
+                "note": "; ".join(filter(None, (of_data.get(row), cell.note))),
+            })
+            runs += [_details(run, name_lists) for run in cell.runs]
+    for run in unfinished:
+        groups.append(_group(run.row, run.mapping, len(runs), 1) | {"progress": _progress(run)})
+        runs.append(_details(run, name_lists))
+    data = {"groups": groups, "runs": runs, "names": name_lists, "published": published_tables()}
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")  # so that no name can end the element
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return page.replace("DATA", text, 1)
+
+
+def _group(row, mapping, first, count):
+    return {
+        "row": "|".join(map(str, row)), "dataset": row.dataset, "backbone": row.backbone,
+        "reprogramming": row.reprogramming, "mapping": mapping, "script": row.script, "settings": row.settings,
+        "epochs": row.epochs, "seeds": count, "runs": list(range(first, first + count)),
+    }
+
+
+def _progress(run):
+    """How far an unfinished run is: epochs done, when the last one ended (UTC), minutes to go at the pace so far."""
+    done = len(run.metrics)
+    ended = None
+    if done:
+        seconds = (run.folder / "metrics.jsonl").stat().st_mtime
+        ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    to_go = run.minutes / done * (run.row.epochs - done) if done else None
+    return {"done": done, "ended": ended, "to_go": to_go}
+
+
+def _details(run, name_lists):
+    """What the page shows of one run; without pattern and mapping where its checkpoint does not give them."""
+    path = checkpoint_path(run.folder)
+    details = {"pattern": None, "caption": "", "classes": None, "sources": None, "mapping": None}
+    if run.metrics:
+        try:
+            details |= _of_checkpoint(run, path, name_lists)
+        except (ValueError, OSError) as error:
+            warn(f"no pattern and mapping of this run: {error}")
+            details["caption"] = "The checkpoint could not be read."
+    accuracies = run.class_accuracies
+    return details | {
+        "folder": printable(str(run.folder)), "seed": run.seed, "minutes": run.minutes,
+        "result": None if run.result is None else [100 * value for value in run.result],
+        "machines": sorted(f"{device}, {threads} threads" for device, threads in run.machines),
+        "curves": {key: [_short(line.get(key)) for line in run.metrics] for key in CURVES},
+        "measured": None if accuracies is None else {
+            "names": _shared(accuracies, name_lists), "accuracies": [_short(value) for value in accuracies.values()],
+        },
+    }
+
+
+def _of_checkpoint(run, path, name_lists):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is gone")
+    checkpoint = load_checkpoint(path)
+    program, classes, sources = (checkpoint.get(key) for key in ("program", "class_names", "source_names"))
+    is_pattern = isinstance(program, torch.Tensor) and program.is_floating_point() and program.dim() == 3
+    if not is_pattern or program.shape != (3, program.shape[-1], program.shape[-1]) or not _names(classes):
+        raise ValueError(f"{path} holds no pattern (3, C, C) or no class names")
+    image, caption = _pattern_image(run, program)
+    return {
+        "pattern": _data_uri(image), "caption": caption, "classes": _shared(classes, name_lists),
+        "sources": _shared(sources, name_lists) if _names(sources) else None,
+        "mapping": _heaviest(checkpoint.get("history"), classes, sources, path),
+    }
+
+
+def _pattern_image(run, program):
+    """As its input VR shows it; that of a plugin, whose code a report does not run, as the program alone."""
+    name, size = run.settings["reprogramming"], program.shape[-1]
+    if name in REPROGRAMMING and program.isfinite().all():
+        own = {s.name: run.settings[s.name] for s in REPROGRAMMING[name].settings if s.name in run.settings}
+        try:
+            side = image_size(run.settings["dataset"])
+        except ValueError:  # of a plugin
+            side = size // 2
+        vr = build_input_vr(name, canvas_size=size, image_size=side, border=(size + 1) // 2, mean=(0.0,) * 3,
+                            std=(1.0,) * 3, **own)
+        vr.load_state_dict({"program": program})
+        image, caption = vr.as_image()
+        return image, caption.replace("the pixels", "the normalised image")  # whose deviation is not known here
+    low, high = program.nan_to_num().aminmax()
+    grey = (program.nan_to_num() - low) / (high - low).clamp(min=1e-12)
+    return (grey.permute(1, 2, 0) * 255).round().byte(), f"θ alone: black {low:.3g}, white {high:.3g}"
+
+
+def _heaviest(history, classes, sources, path):
+    """[[pretrained label, weight], …] of each downstream label after the last epoch, weights of 0 left out."""
+    if not history:
+        return None
+    try:
+        last = history[-1]
+        labels, weights = last["labels"].tolist(), last["weights"].tolist()
+        top = [
+            [[s, _short(w)] for s, w in zip(of_label, of_weight, strict=True) if w]
+            for of_label, of_weight in zip(labels, weights, strict=True)
+        ]
+        limit = len(sources) if _names(sources) else math.inf
+        if len(top) != len(classes) or any(not 0 <= s < limit for pairs in top for s, _ in pairs):
+            raise ValueError("its labels are out of range")
+        if not all(math.isfinite(w) for pairs in top for _, w in pairs):
+            raise ValueError("a weight is not finite")
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} holds no readable history of the mapping ({error})") from error
+    return top
+
+
+def _names(value):
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _shared(names, name_lists):
+    """The place of ``names`` in the lists of the page, which holds each once."""
+    names = [printable(name) for name in names]
+    if names not in name_lists:
+        name_lists.append(names)
+    return name_lists.index(names)
+
+
+def _short(value):
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _data_uri(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
