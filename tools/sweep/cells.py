@@ -178,7 +178,10 @@ def expand(grid, elsewhere=False):
             cell = _cell(chosen.pop("script"), chosen)
             if not elsewhere:
                 choose_precision(cell.cfg.precision, choose_device(cell.cfg.device))
-            cells.setdefault(cell.folder, cell)
+            first = cells.setdefault(cell.folder, cell)
+            if first.cfg.dataset != cell.cfg.dataset:
+                raise ValueError(f"{first.cfg.dataset} and {cell.cfg.dataset} share the run folder {cell.folder}; give "
+                                 "them names of their own, or each a --results-path")
     return list(cells.values())
 
 
