@@ -53,7 +53,7 @@ def on_the_stand_in(monkeypatch):
     monkeypatch.setattr(training, "_NonFiniteWatch", NoWatch)
 
     def move(system):
-        system.network.plain[0].to(STAND_IN)
+        system.classifier.to(STAND_IN)
         system.network.to(STAND_IN)
         system.network.batch_size = None  # all at once, as on a GPU
         system.mapping.to(STAND_IN)
