@@ -95,6 +95,10 @@ class Config:
     )
 
     device: str = option("auto", "machine", "cpu, cuda, cuda:N, or auto: cuda where there is one", affects="place")
+    threads: int = option(
+        0, "machine", "threads of a CPU's arithmetic, 0 for torch's own choice; other numbers round otherwise",
+        "in [0, 1024]", lambda n: 0 <= n <= 1024, affects="rounding",
+    )
     precision: str = option(
         "auto", "machine", "of the frozen network in training; auto: fp32 on a CPU, fp16 on a GPU; tf32 and fp16 need "
         "a GPU", choices=PRECISIONS,

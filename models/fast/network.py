@@ -202,11 +202,13 @@ class Network(nn.Module):
                 self.description = f"fast path: first-layer alone, {reason}"
 
     def _shared(self):
-        pattern = self.input_vr.pattern()
-        shared = self.core.shared(self.black + pattern)
-        if not self.core.splits_first_layer:
-            shared["pattern"] = pattern
-        return shared
+        # in float32 also under autocast: its gradient is a sum over all images, beyond the range of half precision
+        with torch.autocast(self.black.device.type, enabled=False):
+            pattern = self.input_vr.pattern()
+            shared = self.core.shared(self.black + pattern)
+            if not self.core.splits_first_layer:
+                shared["pattern"] = pattern
+            return shared
 
 
 def _probe(input_vr):

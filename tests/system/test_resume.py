@@ -157,7 +157,7 @@ def test_other_rounding_goes_on_with_a_warning(tmp_path):
     finish(process)
     assert run("train_vm", results, *arguments, "--engine", "plain") == 0
     log = log_of(results).read_text()
-    warning = "warning: engine was 'auto' and is 'plain': from here on the run rounds otherwise than it began"
+    warning = "warning: engine was 'auto' and is 'plain': from here on the run rounds otherwise than before"
     assert "going on after epoch" in log and warning in log.splitlines()
     folder = folder_of(results)
     assert warning in (folder / "log.txt").read_text().splitlines()  # what was printed is kept, warnings too

@@ -172,9 +172,12 @@ class Run:
         ValueError
             Another process holds the folder, or what it holds is of other settings or content or beyond reading.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._lock = os.fdopen(os.open(self.folder / ".lock", flags, 0o644), "r+")  # held until the process ends
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.fdopen(os.open(self.folder / ".lock", flags, 0o644), "r+")  # held until the process ends
+        except OSError as error:
+            raise OSError(f"cannot write to {self.folder}: {error.strerror}; choose another --results-path") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -59,7 +59,7 @@ class Session:
             precision = choose_precision(cfg.precision, device)
             self._stack.enter_context(distributed.process_group(device))
             self.main = distributed.rank() == 0
-            set_up_arithmetic(device, precision, cfg.deterministic)
+            set_up_arithmetic(device, precision, cfg.deterministic, cfg.threads)
             check_writable(cfg.folder)
             self.run = Run(cfg, self._command)
             self._stack.enter_context(one_line_warnings(self._warn))
@@ -110,7 +110,7 @@ class Session:
             self.extra_results["zero_shot"] = checkpoint["zero_shot"]
         self.log(f"going on after epoch {self.first_epoch} of {self.cfg.folder}")
         for difference in rounding:
-            warnings.warn(f"{difference}: from here on the run rounds otherwise than it began", stacklevel=2)
+            warnings.warn(f"{difference}: from here on the run rounds otherwise than before", stacklevel=2)
 
     def log(self, text):
         """Print a line and keep it in ``log.txt``, once whatever the number of processes."""
@@ -180,7 +180,7 @@ class Session:
             head = "without training: "
         else:
             head = (f"epoch {epoch + 1}/{self.cfg.epochs}: loss {trained.loss:.4f}, train {trained.accuracy:.2%}, ")
-        self.log(f"{head}test {tested.accuracy:.2%}{shown}, {sum(seconds.values()):.1f} s")
+        self.log(f"{head}test {tested.accuracy:.2%}{shown}{self.mapping.note}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
         """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
