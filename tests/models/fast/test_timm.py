@@ -1,4 +1,4 @@
-"""python -m tests.models.fast.test_timm [ARCHITECTURE ...] > docs/records/timm-table.txt
+"""python -m tests.models.fast.test_timm [ARCHITECTURE ...]
 
 Fast and plain path of timm's architectures: random weights, padding and watermarking, batches of 1, 3 and 8 images.
 
