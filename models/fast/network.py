@@ -185,7 +185,7 @@ class Network(nn.Module):
         notes["winograd"] = f"winograd in {fast} layers" if fast else "no winograd (no layer that it can speed up)"
         notes["shared-border"] = f"shared-border over {self.core.windowed} layers"
         if not self.core.splits_first_layer:
-            notes["first-layer"] = "no first-layer (it is not a single convolution)"
+            notes["first-layer"] = "no first-layer (it is not a plain convolution)"
         if not self.core.windowed:
             notes["shared-border"] = "no shared-border (the images reach all of the maps)"
         self.description = "fast path: " + ", ".join(notes[name] for name in SWITCHES if name in self.switches)
