@@ -6,7 +6,7 @@ images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's
 model.pt2    for torch.export.load
 model.onnx   for onnxruntime and others; needs the packages onnx and onnxscript
 
-Both carry, as JSON texts, "class_names" (a list in the order of the logits), "preprocessing" (how a picture becomes the
+Both carry, as JSON texts, "class_names" (a list in the order of the logits), "preprocessing" (how an image becomes the
 input) and "run" (what was trained): in ONNX as metadata_props, in the .pt2 as extra files of these names with the
 suffix .json. Each file is loaded again and compared with the run's own logits before it takes its final name.
 """
@@ -51,13 +51,12 @@ class ReprogrammedClassifier(nn.Module):
 @user_errors()
 def main(argv=None):
     args = parse(argv)
-    with user_errors(), one_line_warnings():
+    with one_line_warnings():
         out = Path(args.out or args.run)
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
             _require_packages("onnx", "onnxscript")
-        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint,
-                       plugin=args.plugin)
+        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
@@ -79,7 +78,7 @@ def export(run, out, formats):
     Parameters
     ----------
     run : tools.training.finished.FinishedRun
-        On the CPU; from here on it computes in fp32.
+        On the CPU.
     out : Path
         Folder, made where it is missing.
     formats : list of str

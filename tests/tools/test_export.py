@@ -96,7 +96,6 @@ def test_learned_mapping(linear_run, tmp_path):
     export.main([str(linear_run), "--format", "onnx", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     run = load_run(linear_run, splits=())
-    run.settings.precision = "fp32"
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     (source, logits), = run.logits([images])
     mapping = run.system.mapping
@@ -105,6 +104,20 @@ def test_learned_mapping(linear_run, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(got, logits, atol=1e-4 * max(1.0, float(logits.abs().max())), rtol=0)
+
+
+def test_closed_form_mapping(tmp_path):
+    """lda: weights of both signs and a bias."""
+    folder = train("train_vm", tmp_path / "lda", "--mapping", "lda", "--epochs", "1")
+    export.main([str(folder), "--out", str(tmp_path)])
+    images, logits, tolerance = expected_logits(folder)
+    mapping = load_run(folder, splits=()).system.mapping
+    assert (mapping.weights < 0).any() and mapping.bias.abs().max() > 0.01
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(got, logits, atol=tolerance, rtol=0)
+    got = torch.export.load(tmp_path / "model.pt2").module()(images)
+    torch.testing.assert_close(got, logits, atol=tolerance, rtol=0)
 
 
 @pytest.fixture(scope="module")

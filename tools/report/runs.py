@@ -5,15 +5,14 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import read_json
+from data.files import printable, read_json
 from mapping import MAPPINGS
-from tools.console import printable
+from tools.console import warn
 from tools.training.run_folder import read_config
 
 SCRIPTS = {kind: f"train_{kind}" for kind in ("vm", "vm_fast", "vlm")}
@@ -200,11 +199,6 @@ def find_runs(paths):
             if first.folder.resolve() != run.folder.resolve():
                 warn(f"left out: {run.folder} repeats the settings and the seed of {first.folder}")
     return list(runs.values())
-
-
-def warn(message):
-    """Print a warning of one line."""
-    print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 # ---- grouping ----
