@@ -152,7 +152,7 @@ class Drawing:
             image = self._test_images(label, 1)
             if not len(image):
                 continue
-            [(_, logits)] = self.run.logits([image])
+            [logits] = self.run.downstream_logits([image])
             predicted = int(logits.argmax(1))
             said = _short(self.class_names[predicted], 20)
             verdict = "✓ recognised" if label == predicted else f"✗ taken for\n{said}"
@@ -338,7 +338,7 @@ class Drawing:
             plain = torch.cat([
                 system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks
             ])
-            after = torch.cat([logits.cpu() for _, logits in self.run.logits(chunks)])
+            after = torch.cat([logits.cpu() for logits in self.run.downstream_logits(chunks)])
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
         numbers = {"labels": [self.class_names[t] for t in labels.tolist()]}
