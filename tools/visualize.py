@@ -286,8 +286,8 @@ class Drawing:
             # What is not among an epoch's kept labels weighs 0 where one of these does, and else at most as the least.
             entries = [dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
                        for entry in history]
-            least = [0.0 if len(entry) == 1 else min(entry.values()) for entry in entries]
-            known = [len(entry) == 1 or min(entry.values()) == 0 for entry in entries]
+            least = [0.0 if len(entry) == 1 else min(map(abs, entry.values())) for entry in entries]
+            known = [len(entry) == 1 or 0 in entry.values() for entry in entries]
             ever = {s for entry in entries for s, w in entry.items() if w}
             lines = {s: np.array([entry.get(s, 0.0 if sure else np.nan)
                                   for entry, sure in zip(entries, known, strict=True)]) for s in ever}
@@ -317,7 +317,7 @@ class Drawing:
             axis.set_xlabel("epoch")
         if bounded:
             kept = history[-1]["labels"].shape[1]
-            figure.supxlabel(f"fine dots: not among the {kept} heaviest of that epoch, hence no more than this",
+            figure.supxlabel(f"fine dots: not among the {kept} heaviest of that epoch, hence of no larger weight",
                              fontsize=6.5)
         return figure, {"epochs": [entry["epoch"] for entry in history], "weights": numbers}
 
