@@ -84,7 +84,7 @@ def test_logits(run):
             labels.append(batch.labels.cpu())
             yield batch.images
 
-    logits = [target.cpu() for _, target in run.logits(images())]
+    logits = [target.cpu() for target in run.downstream_logits(images())]
     return torch.cat(logits), torch.cat(labels)
 
 

@@ -1,7 +1,8 @@
 """python -m tools.export results/vm/flowers102/efficientnet_lite0_padding_blm_seed0 --format both
 
 Write a trained run as one network for use without this project: pattern, backbone and mapping ω together, from float
-images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's text embeddings are part of it.
+images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's text embeddings and ω are folded into
+one (D, T) matrix on its D-dimensional image embedding.
 
 model.pt2    for torch.export.load
 model.onnx   for onnxruntime and others; needs the packages onnx and onnxscript
@@ -34,18 +35,20 @@ class ReprogrammedClassifier(nn.Module):
 
     Parameters
     ----------
-    classifier : models.Classifier
-    input_vr : models.PaddingVR or models.WatermarkingVR
-    mapping : mapping.LabelMapping
+    backbone : nn.Module
+        Normalised canvases to outputs.
+    input_vr : models.InputVR
+    head : nn.Module
+        Outputs of the backbone to downstream logits.
     """
 
-    def __init__(self, classifier, input_vr, mapping):
+    def __init__(self, backbone, input_vr, head):
         super().__init__()
-        self.classifier, self.input_vr, self.mapping = classifier, input_vr, mapping
+        self.backbone, self.input_vr, self.head = backbone, input_vr, head
         self.register_buffer("pattern", input_vr.pattern().detach().clone())
 
     def forward(self, images):
-        return self.mapping(self.classifier(self.input_vr.embed(images) + self.pattern))
+        return self.head(self.backbone(self.input_vr.embed(images) + self.pattern))
 
 
 @user_errors()
@@ -96,7 +99,7 @@ def export(run, out, formats):
     """
     size = run.system.presets[1].output_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    (_, expected), = run.logits([images])
+    (expected,) = run.downstream_logits([images])
     program = _trace(run, images)
     out.mkdir(parents=True, exist_ok=True)
     for form in formats:
@@ -136,7 +139,15 @@ def describe(run):
 
 def _trace(run, images):
     system = run.system
-    network = ReprogrammedClassifier(system.classifier, system.input_vr, system.mapping).eval()
+    backbone, head = system.classifier, system.mapping
+    if run.kind == "vlm":
+        net = system.classifier.net
+        with torch.no_grad():
+            weights, bias = net.fold(*system.mapping.affine())
+            backbone, head = net.image_encoder, nn.Linear(*weights.shape)
+            head.weight.copy_(weights.T)
+            head.bias.copy_(bias)
+    network = ReprogrammedClassifier(backbone, system.input_vr, head).eval()
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), warnings.catch_warnings():

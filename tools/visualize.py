@@ -152,7 +152,7 @@ class Drawing:
             image = self._test_images(label, 1)
             if not len(image):
                 continue
-            [(_, logits)] = self.run.logits([image])
+            [logits] = self.run.downstream_logits([image])
             predicted = int(logits.argmax(1))
             said = _short(self.class_names[predicted], 20)
             verdict = "✓ recognised" if label == predicted else f"✗ taken for\n{said}"
@@ -286,8 +286,8 @@ class Drawing:
             # What is not among an epoch's kept labels weighs 0 where one of these does, and else at most as the least.
             entries = [dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
                        for entry in history]
-            least = [0.0 if len(entry) == 1 else min(entry.values()) for entry in entries]
-            known = [len(entry) == 1 or min(entry.values()) == 0 for entry in entries]
+            least = [0.0 if len(entry) == 1 else min(map(abs, entry.values())) for entry in entries]
+            known = [len(entry) == 1 or 0 in entry.values() for entry in entries]
             ever = {s for entry in entries for s, w in entry.items() if w}
             lines = {s: np.array([entry.get(s, 0.0 if sure else np.nan)
                                   for entry, sure in zip(entries, known, strict=True)]) for s in ever}
@@ -317,7 +317,7 @@ class Drawing:
             axis.set_xlabel("epoch")
         if bounded:
             kept = history[-1]["labels"].shape[1]
-            figure.supxlabel(f"fine dots: not among the {kept} heaviest of that epoch, hence no more than this",
+            figure.supxlabel(f"fine dots: not among the {kept} heaviest of that epoch, hence of no larger weight",
                              fontsize=6.5)
         return figure, {"epochs": [entry["epoch"] for entry in history], "weights": numbers}
 
@@ -338,7 +338,7 @@ class Drawing:
             plain = torch.cat([
                 system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks
             ])
-            after = torch.cat([logits.cpu() for _, logits in self.run.logits(chunks)])
+            after = torch.cat([logits.cpu() for logits in self.run.downstream_logits(chunks)])
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
         numbers = {"labels": [self.class_names[t] for t in labels.tolist()]}

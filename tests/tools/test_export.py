@@ -71,6 +71,22 @@ def test_torch(exported):
     check_description({key.removesuffix(".json"): text for key, text in texts.items()}, folder)
 
 
+@pytest.mark.parametrize("exported", ["vlm_run"], indirect=True)
+def test_a_clip_is_folded(exported):
+    """Its head is (T, D), on the image embedding: nothing of the S texts is left."""
+    folder, out = exported
+    run = load_run(folder, splits=())
+    state = torch.export.load(out / "model.pt2").module().state_dict()
+    num_source, width = run.system.classifier.net.text_embeddings.shape
+    assert state["head.weight"].shape == (8, width)
+    assert all(num_source not in tensor.shape for tensor in state.values())
+    images = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    (source, _), = run.logits([images])
+    unfolded = source @ run.system.mapping.weights
+    got = torch.export.load(out / "model.pt2").module()(images)
+    torch.testing.assert_close(got, unfolded, atol=1e-5 * max(1.0, float(unfolded.abs().max())), rtol=0)
+
+
 ELSEWHERE = """
 import sys, torch
 network, images = torch.export.load(sys.argv[1]).module(), torch.load(sys.argv[2])

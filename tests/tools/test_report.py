@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
+from tools.report.page import _pattern_image
 from tools.training.checkpoint import write_checkpoint
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
@@ -266,6 +268,22 @@ def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
     assert data["runs"][group["runs"][1]]["seed"] == 1
     assert data["runs"][0]["mapping"] == [[[1, 0.6], [3, 0.25]], [[2, 0.5], [1, 0.125]]]
     assert data["runs"][0]["curves"]["mapping_change"] == [None, 0.25]
+
+
+def test_pattern_of_a_plugin_is_shown_stretched(tmp_path, capsys):
+    """The report runs no plugin: the program alone, from its smallest to its largest value."""
+    make_run(tmp_path, 0.5)
+    make_run(tmp_path, 0.4, reprogramming="my_vr", dataset="my_data")
+    make_run(tmp_path, 0.3, reprogramming="watermarking")
+    run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    data = page_data(tmp_path / "page.html")
+    captions = {g["reprogramming"]: data["runs"][g["runs"][0]]["caption"] for g in data["groups"]}
+    assert captions["padding"].startswith("sigmoid(θ) around the place of the image, contrast ×")
+    assert captions["my_vr"].startswith("θ alone: black -")
+    assert captions["watermarking"].startswith("added to the normalised image")
+    program = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]).expand(3, 2, 2)
+    image, _ = _pattern_image(SimpleNamespace(settings={"reprogramming": "my_vr"}), program)
+    assert image[..., 0].tolist() == [[0, 64], [128, 255]] and image.dtype == torch.uint8
 
 
 def test_page_shows_how_far_unfinished_runs_are(results, capsys):
