@@ -96,7 +96,7 @@ class ClipNet(nn.Module):
 
             logits(x) @ ω + b = x @ ω' + b',   ω' = exp(logit_scale) Eᵀω,   b' = b + logit_bias · Σ_s ω[s, :],
 
-        with E the text embeddings. Summed in float64, or in float32 where ``weights_st`` is trained by gradient.
+        with E the text embeddings. Summed in float64.
 
         Parameters
         ----------
@@ -108,7 +108,7 @@ class ClipNet(nn.Module):
         weights_dt : Tensor (D, T), float32
         bias_t : Tensor (T,), float32; zeros where neither the mapping nor the model has one
         """
-        dtype = torch.float32 if weights_st.requires_grad else torch.float64
+        dtype = torch.float64
         with torch.autocast(weights_st.device.type, enabled=False):
             weights_st = weights_st.to(dtype)
             weights_dt = self.logit_scale.to(dtype).exp() * (self.text_embeddings.to(dtype).T @ weights_st)

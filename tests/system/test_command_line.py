@@ -79,7 +79,8 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     results, outcomes = smoke_runs
     outcome = outcomes[script, mapping, reprogramming]
     assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stderr == "", "no warning and no progress bar where the output is piped"
+    told = [line for line in outcome.stderr.splitlines() if "the mapping cannot tell some labels apart" not in line]
+    assert told == [], "no other warning and no progress bar where the output is piped"
     kind = script.removeprefix("train_").removesuffix(".py")
     folder = folder_of(script, mapping, reprogramming, results)
     config = json.loads((folder / "config.json").read_text())

@@ -164,7 +164,7 @@ def _read_settings(folder):
 def _compare(folder, then, now):
     """Refuse other weights than those of the run; only warn of other images, which a user may want to try."""
     for name, value in now.items():
-        if then.get(name) != value and name == "weights":
+        if then.get(name) not in (None, value) and name == "weights":
             raise ValueError(f"{folder} was trained with another weights file; pass the one of that time by --weights")
         if then.get(name) not in (None, value) and name.endswith("images"):
             warnings.warn(f"these are not the {name} that {folder} was trained with", stacklevel=3)

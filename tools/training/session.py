@@ -239,11 +239,11 @@ def _distance(weights, previous):
 
 
 def _heaviest(weights):
-    """The pretrained labels of most weight in each column of ω, (T, at most 10), and those weights; descending."""
+    """The pretrained labels of most weight, above or below 0, in each column of ω, (T, at most 10), and those weights."""
     if weights.dim() == 1:
         return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
-    top = weights.topk(min(_HISTORY_LABELS, len(weights)), dim=0)
-    return {"labels": top.indices.T.int().cpu().contiguous(), "weights": top.values.T.cpu().contiguous()}
+    labels = weights.abs().topk(min(_HISTORY_LABELS, len(weights)), dim=0).indices
+    return {"labels": labels.T.int().cpu(), "weights": weights.gather(0, labels).T.cpu()}
 
 
 def _model_of(device):
