@@ -28,8 +28,7 @@ from models.weight_files import one_line
 TINY_BACKBONE = "tiny-test"
 _TINY_CONFIG = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "head_width": 16, "layers": 1,
-                   "pool_type": "avg"},
+    "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "head_width": 16, "layers": 1, "pool_type": "avg"},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
@@ -310,5 +309,3 @@ def _input_size(name, model):
     if height != width:
         raise ValueError(f"backbone {name!r} takes images of {height}x{width}; input VR needs square ones")
     return height
-
-

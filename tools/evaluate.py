@@ -40,15 +40,19 @@ def main(argv=None):
         evaluation = {
             "kind": run.kind,
             **{key: getattr(run.settings, key) for key in ("dataset", "backbone", "reprogramming", "mapping", "seed")},
-            "checkpoint": args.checkpoint, "epoch": run.epoch, "indistinct_labels": groups,
+            "checkpoint": args.checkpoint,
+            "epoch": run.epoch,
+            "indistinct_labels": groups,
             **measure(logits, labels, run.class_names),
         }
         for group in groups:
             warn(f"the mapping cannot tell {', '.join(group)} apart: only the first is ever predicted")
         recorded = run.checkpoint["metrics"][-1]["test_accuracy"]
         if evaluation["accuracy"] != recorded:
-            warn(f"accuracy {evaluation['accuracy']:.4%} is not the {recorded:.4%} measured in training: another "
-                 "device, library version, data set or weights file than then")
+            warn(
+                f"accuracy {evaluation['accuracy']:.4%} is not the {recorded:.4%} measured in training: another "
+                "device, library version, data set or weights file than then"
+            )
         out.mkdir(parents=True, exist_ok=True)
         suffix = "" if args.checkpoint == "last" else f"-{args.checkpoint}"
         write_json(out / f"evaluation{suffix}.json", evaluation)
@@ -74,8 +78,13 @@ def test_logits(run):
         Loaded with its test set.
     """
     loader = BatchLoader(
-        run.system.task.test, run.system.presets[1], run.settings.batch_size, run.system.device, shuffle=False,
-        seed=run.settings.seed, purpose="test",
+        run.system.task.test,
+        run.system.presets[1],
+        run.settings.batch_size,
+        run.system.device,
+        shuffle=False,
+        seed=run.settings.seed,
+        purpose="test",
     )
     labels = []
 
@@ -129,7 +138,9 @@ def _class(row, t, class_names):
     total, wrong = int(row.sum()), row.clone()
     wrong[t] = 0
     return {
-        "name": class_names[t], "num_samples": total, "accuracy": int(row[t]) / total if total else None,
+        "name": class_names[t],
+        "num_samples": total,
+        "accuracy": int(row[t]) / total if total else None,
         "confused_with": class_names[int(wrong.argmax())] if wrong.any() else None,
     }
 

@@ -122,7 +122,10 @@ def describe(run):
     described = {
         "class_names": run.class_names,
         "preprocessing": {
-            "color": "RGB", "layout": "NCHW", "range": [0, 1], "size": preset.output_size,
+            "color": "RGB",
+            "layout": "NCHW",
+            "range": [0, 1],
+            "size": preset.output_size,
             "resize": {"exact": "both sides to size", "shorter-side": "shorter side to size, then centre crop"}[
                 preset.resize
             ],
@@ -130,7 +133,9 @@ def describe(run):
             "normalization": "none: it is part of the network",
         },
         "run": {
-            "kind": run.kind, "epoch": run.epoch, "test_accuracy": run.checkpoint["metrics"][-1]["test_accuracy"],
+            "kind": run.kind,
+            "epoch": run.epoch,
+            "test_accuracy": run.checkpoint["metrics"][-1]["test_accuracy"],
             **{key: getattr(settings, key) for key in ("dataset", "backbone", "reprogramming", "mapping", "seed")},
         },
     }
@@ -164,7 +169,11 @@ def _write_torch(program, file, description):
 
 def _write_onnx(program, file, description):
     onnx = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},),
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
     onnx.model.metadata_props.update(description)

@@ -45,8 +45,9 @@ def main(argv=None):
         if args.top_k < 1:
             raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
         files = image_files(args.images)
-        run = load_run(args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint,
-                       plugin=args.plugin)
+        run = load_run(
+            args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin
+        )
         for group in run.system.mapping.indistinct_labels():
             names = ", ".join(run.class_names[t] for t in group)
             warn(f"the mapping cannot tell {names} apart: only the first is ever predicted")
@@ -62,15 +63,32 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(prog="python -m tools.predict", description=__doc__)
     add_run_arguments(parser, data=False)
-    parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+",
-                        help="image files; of a folder, all image files in it and below")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K",
-                        help="downstream and pretrained labels to show per image (default: 5)")
+    parser.add_argument(
+        "images", metavar="IMAGE|FOLDER", nargs="+", help="image files; of a folder, all image files in it and below"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=5,
+        metavar="K",
+        help="downstream and pretrained labels to show per image (default: 5)",
+    )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", dest="format", action="store_const", const="json", default="table",
-                      help="print a JSON list, an object per image")
-    form.add_argument("--csv", dest="format", action="store_const", const="csv",
-                      help="print CSV: a row for the k-th label and the k-th pretrained one behind the first")
+    form.add_argument(
+        "--json",
+        dest="format",
+        action="store_const",
+        const="json",
+        default="table",
+        help="print a JSON list, an object per image",
+    )
+    form.add_argument(
+        "--csv",
+        dest="format",
+        action="store_const",
+        const="csv",
+        help="print CSV: a row for the k-th label and the k-th pretrained one behind the first",
+    )
     return parser.parse_args(argv)
 
 
@@ -86,8 +104,11 @@ def image_files(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
-                           and not f.name.startswith("."))
+            found = sorted(
+                f
+                for f in path.rglob("*")
+                if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file() and not f.name.startswith(".")
+            )
             if not found:
                 raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
         elif not path.exists():
@@ -123,10 +144,13 @@ def predict(run, files, top_k=5):
     predictions, readable, unreadable = [], [], []
     for source_logits, target_logits in run.logits(_batches(run.system, files, readable, unreadable)):
         for z, y in zip(source_logits, target_logits, strict=True):
-            predictions.append({
-                "image": readable[len(predictions)], "predictions": _most_likely(y, run.class_names, top_k),
-                "why": _explain(z, y, known, weights, centred_weights, run.source_names, top_k),
-            })
+            predictions.append(
+                {
+                    "image": readable[len(predictions)],
+                    "predictions": _most_likely(y, run.class_names, top_k),
+                    "why": _explain(z, y, known, weights, centred_weights, run.source_names, top_k),
+                }
+            )
     return predictions, unreadable
 
 
@@ -152,10 +176,8 @@ def _batches(system, files, readable, unreadable):
                     images.append(image)
             if images:
                 labels = torch.zeros(len(images), dtype=torch.int64)
-                chunk = ImageSet(torch.stack(images), labels, readable[-len(images):], "image files")
-                loader = BatchLoader(
-                    chunk, preset, BATCH_SIZE, system.device, shuffle=False, seed=0, purpose="predict"
-                )
+                chunk = ImageSet(torch.stack(images), labels, readable[-len(images) :], "image files")
+                loader = BatchLoader(chunk, preset, BATCH_SIZE, system.device, shuffle=False, seed=0, purpose="predict")
                 yield from (batch.images for batch in loader.epoch(0))
 
 
@@ -172,10 +194,14 @@ def _explain(z, y, known, weights, centred_weights, names, top_k):
     pro, contra = float(contributions.clamp(min=0).sum()), float(contributions.clamp(max=0).sum())
     top = contributions.topk(min(top_k, len(z)))
     return {
-        "margin": margin, "pro": pro, "contra": contra, "rest": margin - pro - contra,
+        "margin": margin,
+        "pro": pro,
+        "contra": contra,
+        "rest": margin - pro - contra,
         "sources": [
             {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
-            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True) if c > 0
+            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            if c > 0
         ],
     }
 
@@ -209,10 +235,16 @@ def as_csv(predictions):
     writer.writerow(["image", "rank", "label", "probability", "because", "contribution"])
     for p in predictions:
         for rank, (label, source) in enumerate(zip_longest(p["predictions"], p["why"]["sources"], fillvalue={}), 1):
-            writer.writerow([
-                p["image"], rank, label.get("name"), label.get("probability"), source.get("name"),
-                source.get("contribution"),
-            ])
+            writer.writerow(
+                [
+                    p["image"],
+                    rank,
+                    label.get("name"),
+                    label.get("probability"),
+                    source.get("name"),
+                    source.get("contribution"),
+                ]
+            )
     return text.getvalue()
 
 

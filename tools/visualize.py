@@ -38,9 +38,17 @@ from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 
 STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
-    "legend.frameon": False, "savefig.dpi": 300, "text.parse_math": False,
-    "image.cmap": "magma_r", "lines.linewidth": 1.2, "lines.markersize": 4,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "legend.frameon": False,
+    "savefig.dpi": 300,
+    "text.parse_math": False,
+    "image.cmap": "magma_r",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
 }
 # Told apart without colour: dark and light, line style, marker.
 COLOURS = ("#000000", "#0b559f", "#c4622d", "#4aa3a2", "#9467bd", "#8c8c8c", "#d62728", "#2ca02c", "#e0a800", "#e377c2")
@@ -145,8 +153,10 @@ class Drawing:
         vr = self.run.system.input_vr
         stretched, caption = vr.as_image()
         side = vr.image_size
-        panels = [(stretched.numpy(), "pattern", "stretched"),
-                  (self._seen(torch.full((1, 3, side, side), 0.5))[0].numpy(), "true strength", "on a grey image")]
+        panels = [
+            (stretched.numpy(), "pattern", "stretched"),
+            (self._seen(torch.full((1, 3, side, side), 0.5))[0].numpy(), "true strength", "on a grey image"),
+        ]
         numbers = []
         for label in self.chosen:
             image = self._test_images(label, 1)
@@ -218,7 +228,8 @@ class Drawing:
         bar.ax.set_title("ω", fontsize=9)
         axis.set(xlabel="downstream label" + _named(every), ylabel=f"pretrained label ({len(rows)} of {len(weights)})")
         return figure, {
-            "rows": [self.source_names[s] for s in rows], "columns": [self.class_names[t] for t in columns],
+            "rows": [self.source_names[s] for s in rows],
+            "columns": [self.class_names[t] for t in columns],
         }
 
     def _heat_map(self, table, columns, rows, row_names, **options):
@@ -257,8 +268,16 @@ class Drawing:
                 values = [np.nan if line[key] is None else scale * line[key] for line in self.metrics]
                 if np.isfinite(values).any():
                     drawn += values
-                    axis.plot(epochs, values, color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i],
-                              markerfacecolor="none" if i else None, label=name, **_marks(epochs))
+                    axis.plot(
+                        epochs,
+                        values,
+                        color=COLOURS[i],
+                        linestyle=DASHES[i],
+                        marker=MARKERS[i],
+                        markerfacecolor="none" if i else None,
+                        label=name,
+                        **_marks(epochs),
+                    )
             _epoch_axis(axis, epochs)
             if drawn:
                 axis.set_ylim(0, 1.08 * max(np.nanmax(drawn), 1e-9))
@@ -284,22 +303,33 @@ class Drawing:
         numbers, bounded = {}, False
         for axis, label in zip(axes.flat, self.chosen, strict=False):
             # What is not among an epoch's kept labels weighs 0 where one of these does, and else at most as the least.
-            entries = [dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
-                       for entry in history]
+            entries = [
+                dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
+                for entry in history
+            ]
             least = [0.0 if len(entry) == 1 else min(map(abs, entry.values())) for entry in entries]
             known = [len(entry) == 1 or 0 in entry.values() for entry in entries]
             ever = {s for entry in entries for s, w in entry.items() if w}
-            lines = {s: np.array([entry.get(s, 0.0 if sure else np.nan)
-                                  for entry, sure in zip(entries, known, strict=True)]) for s in ever}
+            lines = {
+                s: np.array([entry.get(s, 0.0 if sure else np.nan) for entry, sure in zip(entries, known, strict=True)])
+                for s in ever
+            }
             shown = sorted(lines, key=lambda s: (-np.nanmax(np.abs(lines[s])), s))[:sources]
             for i, s in enumerate(shown):
                 bound = np.where(np.isnan(lines[s]), least, lines[s])
                 if np.isnan(lines[s]).any():
                     bounded = True
                     axis.plot(epochs, bound, color=COLOURS[i], linestyle=(0, (1, 2)), linewidth=0.7, clip_on=False)
-                axis.plot(epochs, lines[s], color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i],
-                          markerfacecolor="white" if i % 2 else None, label=_short(self.source_names[s], 30),
-                          **_marks(epochs))
+                axis.plot(
+                    epochs,
+                    lines[s],
+                    color=COLOURS[i],
+                    linestyle=DASHES[i],
+                    marker=MARKERS[i],
+                    markerfacecolor="white" if i % 2 else None,
+                    label=_short(self.source_names[s], 30),
+                    **_marks(epochs),
+                )
             axis.set_title(_short(self.class_names[label], 60), fontweight="bold")
             values = [v for s in shown for v in lines[s] if not np.isnan(v)]
             axis.set_ylim(1.08 * min([*values, 0.0]), 1.08 * max([*values, 1e-9]))
@@ -308,17 +338,22 @@ class Drawing:
             if shown:
                 axis.legend(loc="upper left", bbox_to_anchor=(1, 1.05), fontsize=6.5, handlelength=2.6)
             numbers[self.class_names[label]] = [
-                {"label": s, "name": self.source_names[s],
-                 "weights": [None if np.isnan(w) else float(w) for w in lines[s]]} for s in shown
+                {
+                    "label": s,
+                    "name": self.source_names[s],
+                    "weights": [None if np.isnan(w) else float(w) for w in lines[s]],
+                }
+                for s in shown
             ]
-        for axis in axes.flat[len(self.chosen):]:
+        for axis in axes.flat[len(self.chosen) :]:
             axis.set_axis_off()
         for axis in axes[-1]:
             axis.set_xlabel("epoch")
         if bounded:
             kept = history[-1]["labels"].shape[1]
-            figure.supxlabel(f"fine dots: not among the {kept} heaviest of that epoch, hence of no larger weight",
-                             fontsize=6.5)
+            figure.supxlabel(
+                f"fine dots: not among the {kept} heaviest of that epoch, hence of no larger weight", fontsize=6.5
+            )
         return figure, {"epochs": [entry["epoch"] for entry in history], "weights": numbers}
 
     def outputs(self):
@@ -335,9 +370,9 @@ class Drawing:
             raise NotDrawn(f"t-SNE needs at least 4 test images of the classes shown, and there are {len(images)}")
         chunks = images.split(32)
         with torch.inference_mode():
-            plain = torch.cat([
-                system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks
-            ])
+            plain = torch.cat(
+                [system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks]
+            )
             after = torch.cat([logits.cpu() for logits in self.run.downstream_logits(chunks)])
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
@@ -349,22 +384,29 @@ class Drawing:
             share = same_class_neighbours(outputs, labels)
             for i, (t, _) in enumerate(groups):
                 here = places[(labels == t).numpy()]
-                axis.scatter(*here.T, s=16, marker=MARKERS[i], facecolor=COLOURS[i] if i % 2 == 0 else "none",
-                             edgecolor=COLOURS[i], linewidth=0.7, label=_short(self.class_names[t], 24))
+                axis.scatter(
+                    *here.T,
+                    s=16,
+                    marker=MARKERS[i],
+                    facecolor=COLOURS[i] if i % 2 == 0 else "none",
+                    edgecolor=COLOURS[i],
+                    linewidth=0.7,
+                    label=_short(self.class_names[t], 24),
+                )
             axis.set(title=f"{title}\nnearest neighbour of the same class: {share:.0%}", xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
             numbers[name] = {"same_class_neighbours": share, "places": places.tolist()}
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=6.5)
         return figure, numbers
 
-
     # ---- what tools.evaluate measured ----
 
     def _evaluation(self):
         """(evaluation, counts): what evaluation.json and confusion.csv hold of this checkpoint."""
         suffix = "" if self.checkpoint == "last" else f"-{self.checkpoint}"
-        measured, table = (self.run.folder / f"{name}{suffix}.{kind}"
-                           for name, kind in (("evaluation", "json"), ("confusion", "csv")))
+        measured, table = (
+            self.run.folder / f"{name}{suffix}.{kind}" for name, kind in (("evaluation", "json"), ("confusion", "csv"))
+        )
         if not measured.is_file() or not table.is_file():
             raise NotDrawn(f"not measured yet; python -m tools.evaluate {self.run.folder} does")
         try:
@@ -386,8 +428,9 @@ class Drawing:
         _, counts = self._evaluation()
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         everything = list(range(len(counts)))
-        figure, axis, bar, every = self._heat_map(shares, everything, everything, self.class_names,
-                                                  norm=PowerNorm(0.5, 0, 1))
+        figure, axis, bar, every = self._heat_map(
+            shares, everything, everything, self.class_names, norm=PowerNorm(0.5, 0, 1)
+        )
         bar.set_label("share of the true label's images")
         axis.set(xlabel="predicted label" + _named(every), ylabel="true label" + _named(every))
         return figure, {"shares": shares.round(4).tolist()}
@@ -395,8 +438,7 @@ class Drawing:
     def classes(self):
         """Accuracy by class, from the best to the worst; of many classes both ends."""
         evaluation, _ = self._evaluation()
-        classes = sorted((c for c in evaluation["classes"] if c["accuracy"] is not None),
-                         key=lambda c: -c["accuracy"])
+        classes = sorted((c for c in evaluation["classes"] if c["accuracy"] is not None), key=lambda c: -c["accuracy"])
         half = BARS_SHOWN // 2
         parts = {f"{len(classes)} classes": classes}
         if len(classes) > BARS_SHOWN:
@@ -404,8 +446,13 @@ class Drawing:
         most = max(map(len, parts.values()))
         figure = Figure(figsize=(4.4 * len(parts), 0.13 * most + 0.8), layout="constrained")
         for axis, (title, shown) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
-            axis.barh(range(len(shown)), [100 * c["accuracy"] for c in shown], color="#9db4cc", edgecolor="#4a6a8a",
-                      linewidth=0.4)
+            axis.barh(
+                range(len(shown)),
+                [100 * c["accuracy"] for c in shown],
+                color="#9db4cc",
+                edgecolor="#4a6a8a",
+                linewidth=0.4,
+            )
             axis.set_yticks(range(len(shown)), [_short(c["name"], 30) for c in shown], fontsize=6.5)
             for place, c in enumerate(shown):
                 if c["confused_with"] is not None:
@@ -423,15 +470,36 @@ class Drawing:
         filled = [(i, b) for i, b in enumerate(bins) if b["num_samples"]]
         figure = Figure(figsize=(3.4, 4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
-        upper.bar([edges[i] for i, _ in filled], [b["accuracy"] for _, b in filled], 1 / len(bins), align="edge",
-                  color="#9db4cc", edgecolor="#4a6a8a", linewidth=0.5, label="accuracy")
-        upper.plot([b["confidence"] for _, b in filled], [b["accuracy"] for _, b in filled], "o", color="black",
-                   clip_on=False, label="at the bin's mean confidence")
+        upper.bar(
+            [edges[i] for i, _ in filled],
+            [b["accuracy"] for _, b in filled],
+            1 / len(bins),
+            align="edge",
+            color="#9db4cc",
+            edgecolor="#4a6a8a",
+            linewidth=0.5,
+            label="accuracy",
+        )
+        upper.plot(
+            [b["confidence"] for _, b in filled],
+            [b["accuracy"] for _, b in filled],
+            "o",
+            color="black",
+            clip_on=False,
+            label="at the bin's mean confidence",
+        )
         upper.plot([0, 1], [0, 1], color="#b4531f", linestyle="--", label="calibrated")
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"calibration error {evaluation['ece']:.1%}")
         upper.legend(loc="upper left", fontsize=6.5)
-        lower.bar(edges[:-1], [b["num_samples"] for b in bins], 1 / len(bins), align="edge", color="#c9ced6",
-                  edgecolor="#56616f", linewidth=0.5)
+        lower.bar(
+            edges[:-1],
+            [b["num_samples"] for b in bins],
+            1 / len(bins),
+            align="edge",
+            color="#c9ced6",
+            edgecolor="#56616f",
+            linewidth=0.5,
+        )
         lower.set(xlabel="confidence", ylabel="images")
         return figure, {"ece": evaluation["ece"], "bins": bins}
 
@@ -503,13 +571,25 @@ def draw(run, chosen, folder, checkpoint="last"):
 def main(argv=None):
     parser = Parser(prog="python -m tools.visualize", description=__doc__)
     add_run_arguments(parser)
-    parser.add_argument("--label", action="append", default=[], metavar="NAME",
-                        help=f"a downstream label to show; may be repeated (default: {LABELS_SHOWN} across the task)")
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"a downstream label to show; may be repeated (default: {LABELS_SHOWN} across the task)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where the figures go (default: RUN/figures)")
     arguments = parser.parse_args(argv)
     with one_line_warnings():
-        run = load_run(arguments.run, arguments.device, arguments.data_path, arguments.weights, ("test",),
-                       arguments.checkpoint, arguments.plugin)
+        run = load_run(
+            arguments.run,
+            arguments.device,
+            arguments.data_path,
+            arguments.weights,
+            ("test",),
+            arguments.checkpoint,
+            arguments.plugin,
+        )
         names = run.class_names
         chosen = find_labels(dict.fromkeys(arguments.label), names) or spread(LABELS_SHOWN, len(names))
         folder = Path(arguments.out or run.folder / "figures")

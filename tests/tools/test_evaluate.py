@@ -238,8 +238,11 @@ def test_weights_that_were_moved(vm_run, broken, capsys):
 def test_damaged_runs(broken, capsys):
     config = (broken / "config.json").read_text()
     for text, words in [
-        ("{", "no valid JSON"), ("[]", "is no config.json"), ('{"kind": "vm"}', "is no config.json"),
-        ('{"kind": "vm", "settings": {}}', "of an older version"), (config.replace('"vm"', '"x"'), "unknown kind"),
+        ("{", "no valid JSON"),
+        ("[]", "is no config.json"),
+        ('{"kind": "vm"}', "is no config.json"),
+        ('{"kind": "vm", "settings": {}}', "of an older version"),
+        (config.replace('"vm"', '"x"'), "unknown kind"),
     ]:
         (broken / "config.json").write_text(text)
         assert words in refuse(capsys, evaluate, broken)
@@ -281,6 +284,6 @@ def test_nothing_is_written_outside_a_run(vlm_run, tmp_path, capsys, monkeypatch
 def test_no_data_set_needed(vm_run):
     run = load_run(vm_run, splits=())
     assert run.system.task.test is None and run.system.task.num_target == 8
-    (source, target), = run.logits([torch.zeros(2, 3, 32, 32)])
+    ((source, target),) = run.logits([torch.zeros(2, 3, 32, 32)])
     torch.testing.assert_close(target, source @ run.system.mapping.weights)
     assert run.source_names[1] == "goldfish" and run.class_names[-1] == "yellow square"

@@ -56,7 +56,7 @@ def test_contributions_add_up(kind, request, photos, capsys):
     (p,) = printed_json(capsys, folder, photos / "0.png", "--top-k", "2000")
     run, why = load_run(folder, splits=()), p["why"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    (source, target), = run.logits([image / 255.0])
+    ((source, target),) = run.logits([image / 255.0])
     winner = p["predictions"][0]["label"]
     assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), abs=1e-4)
     assert why["pro"] + why["contra"] == pytest.approx(why["margin"], abs=1e-4) and abs(why["rest"]) < 1e-4
@@ -93,7 +93,7 @@ def test_learned_mapping_has_a_rest(linear_run, photos, capsys):
     (p,) = printed_json(capsys, linear_run, photos / "0.png")
     run, why, winner = load_run(linear_run, splits=()), p["why"], p["predictions"][0]["label"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    (source, _), = run.logits([image / 255.0])
+    ((source, _),) = run.logits([image / 255.0])
     weights, bias = run.system.mapping.weights, run.system.mapping.bias.detach()
     columns = weights.sum(0)
     rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * source.mean()
@@ -106,7 +106,7 @@ def test_lda_explains_itself_with_its_bias(lda_run, photos, capsys):
     (p,) = printed_json(capsys, lda_run, photos / "0.png", "--top-k", "2000")
     run, why, winner = load_run(lda_run, splits=()), p["why"], p["predictions"][0]["label"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    (source, target), = run.logits([image / 255.0])
+    ((source, target),) = run.logits([image / 255.0])
     mapping = run.system.mapping
     assert (mapping.weights < 0).any() and mapping.bias.abs().max() > 0
     assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), rel=1e-4)
@@ -170,10 +170,16 @@ def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
 
 
 def test_escapes_in_names_are_shown():
-    why = {"margin": 1.0, "pro": 1.0, "contra": 0.0, "rest": 0.0, "sources": [
-        {"label": 0, "name": "s\x1b[2J", "contribution": 1.0, "weight": -0.5}]}
-    table = predict.as_table([{"image": "i\x1b", "predictions": [{"label": 0, "name": "t\x1b", "probability": 1.0}],
-                               "why": why}])
+    why = {
+        "margin": 1.0,
+        "pro": 1.0,
+        "contra": 0.0,
+        "rest": 0.0,
+        "sources": [{"label": 0, "name": "s\x1b[2J", "contribution": 1.0, "weight": -0.5}],
+    }
+    table = predict.as_table(
+        [{"image": "i\x1b", "predictions": [{"label": 0, "name": "t\x1b", "probability": 1.0}], "why": why}]
+    )
     assert "\x1b" not in table and all(text in table for text in (r"i\x1b", r"t\x1b", r"s\x1b[2J", "-0.5000"))
 
 

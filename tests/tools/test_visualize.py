@@ -98,8 +98,18 @@ def few(tmp_path_factory):
                 folder.mkdir(parents=True, exist_ok=True)
                 noise = np.random.default_rng(10 * t + i).integers(0, 60, (40, 40, 3), np.uint8)
                 Image.fromarray(noise + np.uint8(60 * t)).save(folder / f"{i}.png")
-    run = train("train_vm", root, "--dataset", f"folder:{root / 'data'}", "--epochs", "1", "--mapping", "lda",
-                "--canvas-size", "160")
+    run = train(
+        "train_vm",
+        root,
+        "--dataset",
+        f"folder:{root / 'data'}",
+        "--epochs",
+        "1",
+        "--mapping",
+        "lda",
+        "--canvas-size",
+        "160",
+    )
     return run
 
 
@@ -111,7 +121,12 @@ def test_few_images_and_one_epoch(few, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "outputs is left out: t-SNE needs at least 4 test images" in printed.err and "there are 3" in printed.err
     assert [Path(line.split(".pdf")[0]).name for line in printed.out.splitlines()] == [
-        "pattern", "labels", "mapping", "curves", "evolution"]
+        "pattern",
+        "labels",
+        "mapping",
+        "curves",
+        "evolution",
+    ]
     numbers = json.loads((tmp_path / "figures.json").read_text())
     assert [entry["label"] for entry in numbers["pattern"]["images"]] == ["a", "b"]
     weights = load_run(few, splits=()).system.mapping.weights
@@ -125,8 +140,16 @@ def test_few_images_and_one_epoch(few, tmp_path, capsys):
 
 def test_axes_of_curves():
     """One epoch has one tick and room on both sides; all panels span the same epochs; marks are whole at the edge."""
-    metrics = [{"epoch": e, "train_loss": 2.0, "train_accuracy": 0.5, "test_accuracy": 1.0,
-                "mapping_change": 0.5 if e else None} for e in range(3)]
+    metrics = [
+        {
+            "epoch": e,
+            "train_loss": 2.0,
+            "train_accuracy": 0.5,
+            "test_accuracy": 1.0,
+            "mapping_change": 0.5 if e else None,
+        }
+        for e in range(3)
+    ]
     for count, limits, ticks in ((1, (0.5, 1.5), [1]), (2, (0.5, 2.5), [1, 2]), (3, (0.96, 3.04), [1, 2, 3])):
         drawing = object.__new__(visualize.Drawing)
         drawing.metrics = metrics[:count]
@@ -156,8 +179,10 @@ def test_weights_beyond_the_kept_ones_are_drawn_as_bounds():
     drawing = object.__new__(visualize.Drawing)
     drawing.class_names, drawing.source_names, drawing.chosen = ["rose"], [f"s{i}" for i in range(9)], [0]
     kept = [((7, 1), (0.6, 0.4)), ((1, 2), (0.5, 0.3)), ((7, 1), (0.7, 0.2))]
-    history = [{"epoch": e, "labels": torch.tensor([labels]), "weights": torch.tensor([weights], dtype=torch.float64)}
-               for e, (labels, weights) in enumerate(kept)]
+    history = [
+        {"epoch": e, "labels": torch.tensor([labels]), "weights": torch.tensor([weights], dtype=torch.float64)}
+        for e, (labels, weights) in enumerate(kept)
+    ]
     drawing.run = SimpleNamespace(checkpoint={"history": history})
     figure, numbers = drawing.evolution()
     assert numbers["weights"]["rose"][0]["weights"] == [0.6, None, 0.7]
@@ -233,8 +258,10 @@ def test_bad_input(vm_run, tmp_path, capsys):
     cut_off.mkdir()
     shutil.copy(vm_run / "config.json", cut_off)
     for arguments, said in (
-        ([str(vm_run), "--label", "no such"], "the task has no such label"), ([str(tmp_path)], "holds no run"),
-        ([str(cut_off)], "before the end of its first epoch"), ([str(vm_run), "--lable", "x"], "did you mean --label"),
+        ([str(vm_run), "--label", "no such"], "the task has no such label"),
+        ([str(tmp_path)], "holds no run"),
+        ([str(cut_off)], "before the end of its first epoch"),
+        ([str(vm_run), "--lable", "x"], "did you mean --label"),
     ):
         with pytest.raises(SystemExit) as stop:
             visualize.main([*arguments, "--out", str(tmp_path / "out")])

@@ -464,9 +464,7 @@ def test_what_fails_is_left_out_by_name_and_without_a_traceback(monkeypatch):
 
 
 @pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
-@pytest.mark.parametrize(
-    ("size", "padding"), [((4, 4), (1, 1)), ((7, 7), (1, 1)), ((14, 9), (0, 2)), ((3, 6), (0, 0))]
-)
+@pytest.mark.parametrize(("size", "padding"), [((4, 4), (1, 1)), ((7, 7), (1, 1)), ((14, 9), (0, 2)), ((3, 6), (0, 0))])
 def test_winograd_equals_the_direct_sum(size, padding):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 6, *size, generator=generator).contiguous(memory_format=torch.channels_last)
