@@ -274,7 +274,7 @@ def _distance(weights, previous):
 
 
 def _heaviest(weights):
-    """The pretrained labels of most weight, above or below 0, in each column of ω, (T, at most 10), and those weights."""
+    """The pretrained labels of most weight, of either sign, in each column of ω, (T, at most 10), and those weights."""
     if weights.dim() == 1:
         return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
     labels = weights.abs().topk(min(_HISTORY_LABELS, len(weights)), dim=0).indices
