@@ -114,7 +114,7 @@ def measure(logits, labels, class_names):
 
     Returns
     -------
-    dict with ``num_samples, accuracy, top5_accuracy`` (of the T highest where there are fewer than 5), ``ece``,
+    dict with ``num_samples, accuracy, top5_accuracy`` (of the T highest where there are fewer than 5), ``log_loss``, ``ece``,
     ``calibration`` (see `calibration`) and ``classes``: a dict each with ``name, num_samples, accuracy`` (None without
     a sample) and ``confused_with``, the label it is most often taken for (None without an error). Fractions of 1.
     """
@@ -127,6 +127,7 @@ def measure(logits, labels, class_names):
         "num_samples": len(labels),
         "accuracy": int((predicted == labels).sum()) / len(labels),
         "top5_accuracy": int((top == labels[:, None]).sum()) / len(labels),
+        "log_loss": float(torch.nn.functional.cross_entropy(logits.double(), labels)),
         "ece": sum(b["num_samples"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["num_samples"])
         / len(labels),
         "calibration": bins,
@@ -192,6 +193,7 @@ def as_table(evaluation):
         f"accuracy                      {e['accuracy']:8.2%}",
         f"top-5 accuracy                {e['top5_accuracy']:8.2%}",
         f"calibration error ({CALIBRATION_BINS} bins)   {e['ece']:8.2%}",
+        f"log-loss                      {e['log_loss']:8.4f}",
         "",
         f"{'class':{width}}  images  accuracy  most often taken for",
     ]

@@ -150,6 +150,7 @@ def test_measures_by_hand():
     labels = torch.tensor([0, 0, 0, 1])
     measured = evaluate.measure(probabilities.log(), labels, ["a", "b", "c"])
     assert measured["accuracy"] == 0.5 and measured["top5_accuracy"] == 1.0
+    assert measured["log_loss"] == pytest.approx(-math.log(0.7 * 0.2 * 0.5 * 0.05) / 4)
     assert measured["classes"] == [
         {"name": "a", "num_samples": 3, "accuracy": 2 / 3, "confused_with": "b"},
         {"name": "b", "num_samples": 1, "accuracy": 0.0, "confused_with": "c"},

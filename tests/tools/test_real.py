@@ -55,7 +55,8 @@ def _train(folder, dataset, *more):
             *more,
         ]
     )
-    return folder / "results" / "vm" / dataset / "efficientnet_lite0_padding_blmpp_seed0"
+    (config,) = (folder / "results" / "vm" / dataset).glob("*/config.json")
+    return config.parent
 
 
 def pytest_generate_tests(metafunc):

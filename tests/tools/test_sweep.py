@@ -71,6 +71,8 @@ def test_shipped_grids(path):
         "ablations": 84,
         "linear": 108,
         "training_cost": 12,
+        "study": 120,
+        "shots": 60,
     }
     assert len(planned) == expected[path.stem]
     assert len({cell.folder for cell in planned}) == len({cell.log for cell in planned}) == len(planned)
@@ -81,7 +83,7 @@ def test_shipped_grids(path):
 
 
 def test_there_is_a_grid_for_every_table():
-    assert len(GRIDS) == 9
+    assert len(GRIDS) == 11
 
 
 def test_runs_are_told_apart_by_their_folders():
