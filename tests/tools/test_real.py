@@ -16,6 +16,7 @@ from tests.tools.test_report import page_data
 from tools import check_data, evaluate, export, predict, visualize
 from tools.report import __main__ as report
 from tools.training.finished import load_run
+from tools.training.run_folder import load_checkpoint
 
 FLOWERS = {  # label in the folder of photographs: what ImageNet has of the kind, if anything
     7: {"cardoon", "sea urchin", "porcupine"},
@@ -132,7 +133,7 @@ def test_export(run_folder, outputs, tmp_path):
 def test_visualize(run_folder, tmp_path):
     visualize.main([str(run_folder), "--out", str(tmp_path), "--device", "cpu"])
     numbers = json.loads((tmp_path / "figures.json").read_text())
-    state = torch.load(run_folder / "last.safetensors", weights_only=True)
+    state = load_checkpoint(run_folder / "last.safetensors")
     weights, names = state["mapping"]["_weights"], state["class_names"]
     for name, shown in numbers["labels"].items():
         column = weights[:, names.index(name)]
@@ -145,7 +146,7 @@ def test_visualize(run_folder, tmp_path):
 
 def test_report(run_folder, tmp_path, capsys):
     report.main([str(run_folder), "--out", str(tmp_path / "page.html")])
-    data, state = page_data(tmp_path / "page.html"), torch.load(run_folder / "last.safetensors", weights_only=True)
+    data, state = page_data(tmp_path / "page.html"), load_checkpoint(run_folder / "last.safetensors")
     (group,), (details,) = data["groups"], data["runs"]
     assert group["accuracy"] == pytest.approx(100 * state["metrics"][-1]["test_accuracy"])
     classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
