@@ -115,8 +115,9 @@ def measure(logits, labels, class_names):
     Returns
     -------
     dict with ``num_samples, accuracy, top5_accuracy`` (of the T highest where there are fewer than 5), ``log_loss``,
-    ``ece``, ``calibration`` (see `calibration`) and ``classes``: a dict each with ``name, num_samples, accuracy`` (None without
-    a sample) and ``confused_with``, the label it is most often taken for (None without an error). Fractions of 1.
+    ``ece``, ``calibration`` (see `calibration`) and ``classes``: a dict for each with ``name, num_samples, accuracy``
+    (None without a sample) and ``confused_with``, the label it is most often taken for (None without an error).
+    Fractions of 1.
     """
     num_target = len(class_names)
     top = ranking(logits)[:, :5]
