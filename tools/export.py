@@ -1,7 +1,7 @@
 """python -m tools.export results/vm/flowers102/efficientnet_lite0_padding_blm_seed0 --format both
 
 Write a trained run as one network for use without this project: pattern, backbone and mapping ω together, from float
-images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's text embeddings are part of it.
+images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's text embeddings and ω are one matrix.
 
 model.pt2    for torch.export.load
 model.onnx   for onnxruntime and others; needs the packages onnx and onnxscript
@@ -34,18 +34,22 @@ class ReprogrammedClassifier(nn.Module):
 
     Parameters
     ----------
-    classifier : models.Classifier
-    input_vr : models.PaddingVR or models.WatermarkingVR
-    mapping : mapping.LabelMapping
+    net : nn.Module
+        What the input VR feeds: a classifier, or a CLIP's image tower.
+    input_vr : models.InputVR
+    readout : tools.training.readout.Readout
     """
 
-    def __init__(self, classifier, input_vr, mapping):
+    def __init__(self, net, input_vr, readout):
         super().__init__()
-        self.classifier, self.input_vr, self.mapping = classifier, input_vr, mapping
+        self.net, self.input_vr = net, input_vr
+        weights, bias = readout.affine()
+        self.register_buffer("weights", weights.clone())
+        self.register_buffer("bias", weights.new_zeros(()) if bias is None else bias.clone())
         self.register_buffer("pattern", input_vr.pattern().detach().clone())
 
     def forward(self, images):
-        return self.mapping(self.classifier(self.input_vr.embed(images) + self.pattern))
+        return self.net(self.input_vr.embed(images) + self.pattern).float() @ self.weights + self.bias
 
 
 @user_errors()
@@ -137,7 +141,7 @@ def describe(run):
 
 def _trace(run, images):
     system = run.system
-    network = ReprogrammedClassifier(system.classifier, system.input_vr, system.mapping).eval()
+    network = ReprogrammedClassifier(system.net, system.input_vr, system.readout).eval()
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), warnings.catch_warnings():

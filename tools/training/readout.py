@@ -9,7 +9,7 @@ import torch
 
 
 class Readout:
-    """Of a vision model: the network's outputs are the pretrained logits.
+    """Of a vision model, whose outputs are the pretrained logits, or of a mapping that reads what the network gives.
 
     Attributes
     ----------
@@ -21,12 +21,16 @@ class Readout:
         self.mapping, self.width = mapping, mapping.num_source
 
     def pretrained(self, outputs):
-        """Pretrained logits (n, S) of the network's outputs (n, width)."""
+        """Pretrained logits (n, S), or whatever else the mapping reads, of the network's outputs (n, width)."""
         return outputs
 
     def downstream(self, outputs):
         """Downstream logits (n, T), float32, of the network's outputs; differentiable as the mapping is."""
         return self.mapping(outputs)
+
+    def affine(self):
+        """The present mapping of the network's outputs, without gradient: (width, T), and (T,) or None, float32."""
+        return self.mapping.weights, self.mapping.bias
 
     def hold(self):
         """Note that the mapping stays as it is until the next call."""
@@ -58,5 +62,8 @@ class ClipReadout(Readout):
             return torch.addmm(bias, outputs.float(), weights)
 
     @torch.no_grad()
+    def affine(self):
+        return self.net.fold(*super().affine())
+
     def hold(self):
-        self._folded = self.net.fold(*(None if part is None else part.detach() for part in self.mapping.affine()))
+        self._folded = self.affine()

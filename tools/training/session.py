@@ -164,7 +164,7 @@ class Session:
             with _failing_with_code_1():
                 self.run.save_epoch(metrics, {
                     **self.trainer.state_dict(), **self.extra_results, "history": self._history,
-                    "class_names": self.task.class_names, "source_names": self.system.classifier.source_names,
+                    "class_names": self.task.class_names, "source_names": self.system.source_names,
                 })
         else:
             self.run.metrics.append(metrics)
