@@ -8,7 +8,6 @@ Axis suffixes: m sampled logits, s pretrained labels or directions of the covari
 changes its input.
 """
 
-import itertools
 import math
 from functools import partial
 
@@ -116,7 +115,8 @@ def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, c
         logits(x) = (x @ ω + b) / τ + β x @ prior,
 
     with the τ, 1 or above, and the β, from 0 to 1, that make the leave-one-out log-loss least together. The shrinkage
-    is then the one with the fewest errors of the sum; where none has as few as without the prior, β is 0.
+    is then the one with the fewest errors of the sum. Without the prior, β = 0, there must be fewer errors by more than
+    chance makes of such a count, two standard deviations, for it to be left out.
 
     Parameters
     ----------
@@ -148,30 +148,27 @@ def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, c
     means_ts = (means - centre) @ vectors
     judged = (counts[labels] > 1) & known
     prior_mt = None if prior is None else rows.double() @ prior
-    if not judged.any():
-        if prior is not None:
-            prior_weight = _weigh(torch.zeros_like(prior_mt), prior_mt, labels)[2]
-        shrinkage = 0.5 if candidates is CANDIDATES else candidates[0]
-        temperature = max(1.0, float(share @ (means_ts.square() @ _inverse(values, shrinkage))))
-    else:
+    prior_weight = 0.0
+    if judged.any():
         rows_ms, labels = (rows[judged].double() - centre) @ vectors, labels[judged]
         judge = partial(leave_one_out, counts, means_ts, values, rows_ms, labels)
-    if judged.any() and prior is not None:
-        prior_mt = prior_mt[judged]
-        kinds = prior_mt, torch.zeros_like(prior_mt)
-
-        def outcome(candidate, prior_mt):
-            # Below the least of CANDIDATES a covariance without one of few samples is singular but for rounding.
-            scores = judge(max(candidate, CANDIDATES[0]))
-            loss, temperature, prior_weight = _weigh(scores, prior_mt, labels)
-            errors = int(((scores / temperature + prior_weight * prior_mt).argmax(1) != labels).sum())
-            return errors, loss, candidate, temperature, prior_weight
-
-        *_, shrinkage, temperature, prior_weight = min(itertools.starmap(outcome, itertools.product(candidates, kinds)))
-    elif judged.any():
-        errors = [int((judge(candidate).argmax(1) != labels).sum()) for candidate in candidates]
-        fewest = [candidate for candidate, count in zip(candidates, errors, strict=True) if count == min(errors)]
-        (_, temperature), shrinkage = min((_temperature(judge(candidate), labels), candidate) for candidate in fewest)
+        # Below the least of CANDIDATES a covariance without one of few samples is singular but for rounding.
+        judged_by = [max(c, CANDIDATES[0]) for c in candidates]
+        errors = [int((judge(c).argmax(1) != labels).sum()) for c in judged_by]
+        both = None
+        if prior is not None:
+            both = min((*_add_prior(judge(c), prior_mt[judged], labels), c) for c in judged_by)
+        if both is not None and min(errors) >= both[0] - 2 * math.sqrt(both[0]):
+            _, _, temperature, prior_weight, shrinkage = both
+        else:
+            fewest = [c for c, count in zip(judged_by, errors, strict=True) if count == min(errors)]
+            (_, temperature), shrinkage = min((_temperature(judge(c), labels), c) for c in fewest)
+        shrinkage = candidates[judged_by.index(shrinkage)]
+    else:
+        shrinkage = 0.5 if candidates is CANDIDATES else candidates[0]
+        temperature = max(1.0, float(share @ (means_ts.square() @ _inverse(values, shrinkage))))
+        if prior is not None:
+            _, _, prior_weight = _weigh(torch.zeros_like(prior_mt), prior_mt, labels)
     weights, bias = _from_directions(counts, means, values, vectors, shrinkage)
     weights, bias = weights / temperature, bias / temperature
     if prior is None:
@@ -235,6 +232,13 @@ def _temperature(scores, labels):
         low, high = (middle, high) if float((expected - own).sum()) < 0 else (low, middle)
     tau = math.exp(-(low + high) / 2)
     return float(torch.nn.functional.cross_entropy(scores / tau, labels)), tau
+
+
+def _add_prior(scores, prior, labels):
+    """Errors and least log-loss of ``scores / τ + β prior``, and those τ and β."""
+    loss, temperature, prior_weight = _weigh(scores, prior, labels)
+    errors = int(((scores / temperature + prior_weight * prior).argmax(1) != labels).sum())
+    return errors, loss, temperature, prior_weight
 
 
 def _weigh(scores, prior, labels):

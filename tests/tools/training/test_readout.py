@@ -7,8 +7,11 @@ import signal
 import pytest
 import torch
 
+import train_vlm
 from cfg import VLMConfig, VMConfig
-from mapping import MAPPINGS
+from data.sources import synthetic
+from mapping import MAPPINGS, registry
+from mapping.label_mapping import LdaMapping
 from models import build_classifier
 from tests.conftest import BACKBONES, SHARED, train
 from tests.data.helpers import write_flowers_subset
@@ -71,7 +74,6 @@ def test_evaluation_prediction_and_export_agree(lda_run, tmp_path, capsys):
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(embeddings @ run.system.mapping.weights + run.system.mapping.bias, mapped)
 
-    from data.sources import synthetic
     synthetic("test").image(0).save(tmp_path / "0.png")
     predict.main([str(lda_run), str(tmp_path / "0.png"), "--json"])
     (predicted,) = json.loads(capsys.readouterr().out)
@@ -104,8 +106,6 @@ def test_resumed_is_straight(lda_run, tmp_path, monkeypatch):
     with monkeypatch.context() as first, pytest.raises(SystemExit):
         first.setattr(Session, "end_epoch", end_and_stop)
         train("train_vlm", tmp_path, "--mapping", "lda")
-    import train_vlm
-
     train_vlm.main([*SHARED, *BACKBONES["train_vlm"], "--mapping", "lda", "--results-path", str(tmp_path)])
     (folder,) = (path.parent for path in tmp_path.rglob("last.safetensors"))
     cut, straight = (load_checkpoint(path / "last.safetensors") for path in (folder, lda_run))
@@ -155,10 +155,10 @@ def test_shots_of_real_flowers(tmp_path, monkeypatch):
         for mapping, with_prior in (("blmpp", False), ("lda", False), ("lda", True)):
             results = tmp_path / f"{shots}{mapping}{with_prior}"
             with monkeypatch.context() as patch:
-                if not with_prior:
-                    patch.setattr("mapping.registry.LdaMapping", without_prior(MAPPINGS))
-                import train_vlm
-
+                if not with_prior:  # the mapping as a vision model has it
+                    patch.setattr(
+                        registry, "LdaMapping", lambda *args, prior, **settings: LdaMapping(*args, **settings)
+                    )
                 train_vlm.main([
                     "--dataset", "flowers102", "--data-path", str(tmp_path), "--mapping", mapping, "--epochs", "0",
                     "--reprogramming", "none", "--backbone", "meaningful", "--shots", str(shots), "--results-path",
@@ -172,10 +172,3 @@ def test_shots_of_real_flowers(tmp_path, monkeypatch):
     for shots in (4, 16):
         assert rows[shots, "lda with prior"] > rows[shots, "lda"] - 0.06
         assert rows[shots, "lda with prior"] > rows[shots, "blmpp"] > rows[shots, "zero-shot"]
-
-
-def without_prior(_):
-    """The mapping as a vision model's."""
-    from mapping.label_mapping import LdaMapping
-
-    return lambda *args, prior, **settings: LdaMapping(*args, **settings)
