@@ -42,14 +42,11 @@ class ReprogrammedClassifier(nn.Module):
 
     def __init__(self, net, input_vr, readout):
         super().__init__()
-        self.net, self.input_vr = net, input_vr
-        weights, bias = readout.affine()
-        self.register_buffer("weights", weights.clone())
-        self.register_buffer("bias", weights.new_zeros(()) if bias is None else bias.clone())
+        self.net, self.input_vr, self.mapping = net, input_vr, readout.as_module()
         self.register_buffer("pattern", input_vr.pattern().detach().clone())
 
     def forward(self, images):
-        return self.net(self.input_vr.embed(images) + self.pattern).float() @ self.weights + self.bias
+        return self.mapping(self.net(self.input_vr.embed(images) + self.pattern))
 
 
 @user_errors()

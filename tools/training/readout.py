@@ -29,9 +29,9 @@ class Readout:
         """Downstream logits (n, T), float32, of the network's outputs; differentiable as the mapping is."""
         return self.mapping(outputs)
 
-    def affine(self):
-        """The present mapping of the network's outputs, without gradient: (width, T), and (T,) or None, float32."""
-        return self.mapping.weights, self.mapping.bias
+    def as_module(self):
+        """A module that does what `downstream` does, with the mapping as it is now."""
+        return self.mapping
 
     def hold(self):
         """Note that the mapping stays as it is until the next call."""
@@ -62,9 +62,14 @@ class ClipReadout(Readout):
         with torch.autocast(outputs.device.type, enabled=False):
             return torch.addmm(bias, outputs.float(), weights)
 
-    @torch.no_grad()
-    def affine(self):
-        return self.net.fold(*super().affine())
+    def as_module(self):
+        self.hold()
+        weights, bias = self._folded
+        linear = torch.nn.Linear(*weights.shape).requires_grad_(False)
+        linear.weight.copy_(weights.T)
+        linear.bias.copy_(bias)
+        return linear
 
+    @torch.no_grad()
     def hold(self):
-        self._folded = self.affine()
+        self._folded = self.net.fold(*(None if part is None else part.detach() for part in self.mapping.affine()))

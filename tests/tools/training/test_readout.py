@@ -92,7 +92,7 @@ def test_an_exported_clip_holds_no_prompts(vlm_run, tmp_path):
     export.main([str(vlm_run), "--format", "torch", "--out", str(tmp_path)])
     program = torch.export.load(tmp_path / "model.pt2")
     tensors = [*program.state_dict.values(), *program.constants.values()]
-    assert (32, 8) in [tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)]
+    assert (8, 32) in [tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)]
     assert not [t for t in tensors if isinstance(t, torch.Tensor) and 81 * 8 in t.shape]
 
 
