@@ -57,14 +57,15 @@ class Config:
 
     dataset: str = option("sun397", "data", "one of the paper's twelve, digits, synthetic, or folder:PATH")
     data_path: str = option("datasets", "data", "folder that holds the data sets", affects="place")
-    train_fraction: float = option(
-        1.0, "data", "share of the training set to use, by class", "in (0, 1]", share
-    )
+    train_fraction: float = option(1.0, "data", "share of the training set to use, by class", "in (0, 1]", share)
     shots: int | None = option(
         None, "data", "training images of each class to use, drawn with the seed (default: all)", *at_least(1), type=int
     )
     validation_fraction: float = option(
-        0.0, "data", "share of the training images, by class, to hold out for choosing the best epoch", "in [0, 1)",
+        0.0,
+        "data",
+        "share of the training images, by class, to hold out for choosing the best epoch",
+        "in [0, 1)",
         lambda held_out: 0 <= held_out < 1,
     )
     workers: int = option(
@@ -75,7 +76,10 @@ class Config:
 
     reprogramming: str = option("padding", "input VR", f"how θ meets the image: {', '.join(REPROGRAMMING)}")
     canvas_size: int | None = option(
-        None, "input VR", "side of the square that the backbone sees, in pixels (default: its own)", *at_least(1),
+        None,
+        "input VR",
+        "side of the square that the backbone sees, in pixels (default: its own)",
+        *at_least(1),
         type=int,
     )
 
@@ -83,25 +87,44 @@ class Config:
     weights: str | None = option(None, "backbone", "", type=str)
 
     epochs: int = option(
-        200, "training", "passes over the training set; 0: one estimate and one evaluation with θ as it starts, which "
-        "is all there is where nothing is trained", *at_least(0),
+        200,
+        "training",
+        "passes over the training set; 0: one estimate and one evaluation with θ as it starts, which "
+        "is all there is where nothing is trained",
+        *at_least(0),
     )
     batch_size: int = option(256, "training", "images per step (dtd, oxfordpets: 64; digits: 16)", *at_least(1))
     lr: float = option(0.01, "training", "learning rate of θ", "above 0", lambda lr: 0 < lr < float("inf"))
     seed: int = option(0, "training", "seed of every draw", "in [0, 2^63)", lambda seed: 0 <= seed < 2**63)
     on_nonfinite: str = option(
-        "stop", "training", "at a loss, gradient or ω that is not finite: stop (exit code 3), or skip the step and "
-        "count it", choices=("stop", "skip"), affects="place",
+        "stop",
+        "training",
+        "at a loss, gradient or ω that is not finite: stop (exit code 3), or skip the step and count it",
+        choices=("stop", "skip"),
+        affects="place",
     )
 
     device: str = option("auto", "machine", "cpu, cuda, cuda:N, or auto: cuda where there is one", affects="place")
+    threads: int = option(
+        0,
+        "machine",
+        "threads of a CPU's arithmetic, 0 for torch's own choice; other numbers round otherwise",
+        "in [0, 1024]",
+        lambda n: 0 <= n <= 1024,
+        affects="rounding",
+    )
     precision: str = option(
-        "auto", "machine", "of the frozen network in training; auto: fp32 on a CPU, fp16 on a GPU; tf32 and fp16 need "
-        "a GPU", choices=PRECISIONS,
+        "auto",
+        "machine",
+        "of the frozen network in training; auto: fp32 on a CPU, fp16 on a GPU; tf32 and fp16 need a GPU",
+        choices=PRECISIONS,
     )
     engine: str = option(
-        "auto", "machine", f"auto: the whole fast network; plain: none of it; or some of {', '.join(SWITCHES)}, "
-        "separated by commas", type=_engine, affects="rounding",
+        "auto",
+        "machine",
+        f"auto: the whole fast network; plain: none of it; or some of {', '.join(SWITCHES)}, separated by commas",
+        type=_engine,
+        affects="rounding",
     )
     deterministic: bool = option(
         False, "machine", "same bits twice on a GPU too (a CPU always gives them)", affects="rounding"
@@ -109,11 +132,12 @@ class Config:
 
     results_path: str = option("results", "run", "where run folders and caches go", affects="place")
     overwrite: bool = option(False, "run", "start from scratch where the run folder holds a run", affects="place")
-    tensorboard: bool = option(
-        False, "run", "also write TensorBoard event files into the run folder", affects="place"
-    )
+    tensorboard: bool = option(False, "run", "also write TensorBoard event files into the run folder", affects="place")
     plugin: str | None = option(
-        None, "run", "Python file that registers a mapping, input VR, backbone or data set of your own", type=str,
+        None,
+        "run",
+        "Python file that registers a mapping, input VR, backbone or data set of your own",
+        type=str,
         affects="place",
     )
 
@@ -145,8 +169,10 @@ class Config:
             raise ValueError("--shots and --train-fraction exclude each other; give one of them")
         if values["dataset"].startswith("folder:"):
             if values["data_path"] != common["data_path"]:
-                raise ValueError(f"--data-path is for data sets by name, but {values['dataset']} says where its images "
-                                 "are; leave it out")
+                raise ValueError(
+                    f"--data-path is for data sets by name, but {values['dataset']} says where its images "
+                    "are; leave it out"
+                )
             # as tools find them from any folder, and elsewhere by a --data-path of theirs
             values["dataset"] = "folder:" + str(Path(values["dataset"].removeprefix("folder:")).resolve())
             values["data_path"] = ""
@@ -272,9 +298,7 @@ class VLMConfig(Config):
     """train_vlm.py: SGD, lr 40, momentum 0.9, cosine to 0 over all steps; watermarking with border 30."""
 
     kind = "vlm"
-    reprogramming: str = option(
-        "watermarking", "input VR", f"how θ meets the image: {', '.join(REPROGRAMMING)}"
-    )
+    reprogramming: str = option("watermarking", "input VR", f"how θ meets the image: {', '.join(REPROGRAMMING)}")
     backbone: str = option("ViT-B-32-quickgelu", "backbone", "an open_clip model name")
     weights: str | None = option(
         "openai", "backbone", "an open_clip tag or a checkpoint file; none: random, for smoke tests"
@@ -291,18 +315,25 @@ CONFIGS = (VMConfig, VMFastConfig, VLMConfig)
 def flags_page():
     """docs/flags.md: every flag of the three scripts, by group."""
     vm, vlm = VMConfig.settings_of_all(), VLMConfig.settings_of_all()
-    lines = ["# Flags", "", "Written by `python cfg.py`. The same for the three scripts; *CLIP* marks where "
-             "`train_vlm.py` differs. `--help` prints them, too.", ""]
+    lines = [
+        "# Flags",
+        "",
+        "Written by `python cfg.py`. The same for the three scripts; *CLIP* marks where "
+        "`train_vlm.py` differs. `--help` prints them, too.",
+        "",
+    ]
     for group in dict.fromkeys(setting.group for setting in vlm.values()):
-        lines += [f"## {group[0].upper()}{group[1:]}", "", "| flag | default | meaning | range | affects |",
-                  "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"## {group[0].upper()}{group[1:]}",
+            "",
+            "| flag | default | meaning | range | affects |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for name, clip in vlm.items():
             if clip.group != group:
                 continue
             vision = vm.get(name, clip)
-            default, meaning = (
-                _both(of(vision), of(clip)) for of in (_shown_default, lambda setting: setting.help)
-            )
+            default, meaning = (_both(of(vision), of(clip)) for of in (_shown_default, lambda setting: setting.help))
             allowed = clip.allowed or ", ".join(f"`{choice}`" for choice in clip.choices)
             cells = [f"`{clip.flag}`", default, meaning, allowed, clip.affects]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

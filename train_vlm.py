@@ -6,8 +6,11 @@ templates filled with the task's class names. The accuracy of the model as it co
 Accuracy and time with CLIP's own weights are not measured.
 """
 
+import os
 import sys
 from functools import partial
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to others; read by torch
 
 import torch
 

@@ -43,6 +43,7 @@ class LabelMapping(nn.Module):
     """
 
     iterative = trainable = False
+    note = ""  # what a log should say of the present mapping, after a comma
     memory_needed = 0
     _fallback = ""  # what an estimated mapping does about labels without a sample
 
@@ -354,6 +355,11 @@ class LdaMapping(LabelMapping):
     def temperature(self):
         self._check_ready()
         return float(self._chosen[1])
+
+    @property
+    def note(self):
+        prior = "" if self._prior is None else f", prior weight {self.prior_weight:.3g}"
+        return f", shrinkage {self.shrinkage:.3g}, temperature {self.temperature:.3g}{prior}"
 
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""

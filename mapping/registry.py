@@ -30,7 +30,7 @@ def _auto_or_number(text):
 
 SHRINKAGE = Setting(
     "shrinkage", "auto",
-    "lda: how far the covariance is shrunk to a multiple of the identity, 0 to 1; auto chooses it by leave-one-out",
+    "how far the covariance is shrunk to a multiple of the identity, 0 to 1; auto chooses it by leave-one-out",
     "auto or in [0, 1]", lambda value: value == "auto" or 0 <= value <= 1, type=_auto_or_number,
 )  # fmt: skip
 

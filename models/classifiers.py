@@ -211,8 +211,11 @@ def load_checkpoint(net, path):
         state = dict(zip(own, state.values(), strict=True))
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        parts = [f"{len(keys)} {word} ({keys[0]}, ...)" for keys, word in
-                 ((missing, "missing"), (unexpected, "unexpected")) if keys]
+        parts = [
+            f"{len(keys)} {word} ({keys[0]}, ...)"
+            for keys, word in ((missing, "missing"), (unexpected, "unexpected"))
+            if keys
+        ]
         raise ValueError(f"{path} belongs to another architecture: tensors {' and '.join(parts)}")
     for key, value in own.items():
         if state[key].shape != value.shape:

@@ -28,8 +28,7 @@ from models.weight_files import one_line
 TINY_BACKBONE = "tiny-test"
 _TINY_CONFIG = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "head_width": 16, "layers": 1,
-                   "pool_type": "avg"},
+    "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "head_width": 16, "layers": 1, "pool_type": "avg"},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
@@ -96,7 +95,7 @@ class ClipNet(nn.Module):
 
             logits(x) @ ω + b = x @ ω' + b',   ω' = exp(logit_scale) Eᵀω,   b' = b + logit_bias · Σ_s ω[s, :],
 
-        with E the text embeddings. Summed in float64, or in float32 where ``weights_st`` is trained by gradient.
+        with E the text embeddings. Summed in float64.
 
         Parameters
         ----------
@@ -108,7 +107,7 @@ class ClipNet(nn.Module):
         weights_dt : Tensor (D, T), float32
         bias_t : Tensor (T,), float32; zeros where neither the mapping nor the model has one
         """
-        dtype = torch.float32 if weights_st.requires_grad else torch.float64
+        dtype = torch.float64
         with torch.autocast(weights_st.device.type, enabled=False):
             weights_st = weights_st.to(dtype)
             weights_dt = self.logit_scale.to(dtype).exp() * (self.text_embeddings.to(dtype).T @ weights_st)
@@ -310,5 +309,3 @@ def _input_size(name, model):
     if height != width:
         raise ValueError(f"backbone {name!r} takes images of {height}x{width}; input VR needs square ones")
     return height
-
-

@@ -94,6 +94,7 @@ class InputVR(nn.Module):
         caption = f"added to the pixels, contrast ×{factor:.3g}: black −{reach:.2g}, grey 0, white +{reach:.2g}"
         return _to_bytes(stretched), caption
 
+
 class PaddingVR(InputVR):
     """The image sits in the middle of a zero canvas; sigmoid(program) surrounds it; then mean/std normalisation.
 

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 BAR_AFTER = 1  # seconds
 
-def embed_texts(
-    model, tokenizer, texts, *, cache_path=None, device="cpu", batch_size=32, should_stop=lambda: False
-):
+
+def embed_texts(model, tokenizer, texts, *, cache_path=None, device="cpu", batch_size=32, should_stop=lambda: False):
     """Text embeddings of length one, (S, D) float32 on ``device``, computed once and then read from disk.
 
     A bar on stderr, where that is a terminal, shows how far they are if they take longer than `BAR_AFTER`.

@@ -42,5 +42,6 @@ def vlm_run(tmp_path_factory):
 def linear_run(tmp_path_factory):
     """A tiny random network, watermarking, the learned mapping with its bias, trained in bf16."""
     more = ["--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64", "--precision", "bf16"]
-    return train("train_vm", tmp_path_factory.mktemp("linear"), "--mapping", "linear", "--reprogramming",
-                 "watermarking", *more)
+    return train(
+        "train_vm", tmp_path_factory.mktemp("linear"), "--mapping", "linear", "--reprogramming", "watermarking", *more
+    )

@@ -72,7 +72,8 @@ def parse(argv):
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each contender (3)")
     parser.add_argument("--mapping", default="blmpp", choices=("ilm", "blm", "blmpp"), help="(blmpp)")
     parser.add_argument(
-        "--switches", action="store_true",
+        "--switches",
+        action="store_true",
         help="also time the whole fast path but for each of its parts, the plain path, and torch.compile",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda where there is one (auto)")
@@ -89,9 +90,15 @@ def measure(args):
     device = choose_device(args.device)
     set_up_arithmetic(device, "fp32", False)
     report = {
-        "date": date.today().isoformat(), "machine": _machine(device), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "batch_size": args.batch_size, "epochs": args.epochs,
-        "mapping": args.mapping, "peak_gflops": round(matrix_product_gflops(device), 1), "cases": [],
+        "date": date.today().isoformat(),
+        "machine": _machine(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
+        "mapping": args.mapping,
+        "peak_gflops": round(matrix_product_gflops(device), 1),
+        "cases": [],
     }
     for case in args.case:
         with tempfile.TemporaryDirectory() as temporary:
@@ -136,17 +143,25 @@ def measure_case(case, folder, args, device, peak_gflops):
         median = {step: statistics.median(s[step] for s in seconds[name]) for step in STEPS}
         total = statistics.median(sum(s.values()) for s in seconds[name])
         passes = {"estimate": n_train if median["estimate"] else 0, "train": 2 * n_train, "test": n_test}
-        rows.append({
-            "contender": name, **{step: round(median[step], 3) for step in STEPS}, "epoch": round(total, 3),
-            "train_images_per_second": round(n_train / median["train"], 1),
-            "share_of_peak": round(sum(passes.values()) * gflops / total / peak_gflops, 3),
-            "peak_mib": round(peaks[name]),
-        })
+        rows.append(
+            {
+                "contender": name,
+                **{step: round(median[step], 3) for step in STEPS},
+                "epoch": round(total, 3),
+                "train_images_per_second": round(n_train / median["train"], 1),
+                "share_of_peak": round(sum(passes.values()) * gflops / total / peak_gflops, 3),
+                "peak_mib": round(peaks[name]),
+            }
+        )
     for row in rows:
         row["speedup"] = round(rows[0]["epoch"] / row["epoch"], 2)
     return {
-        "case": case, "title": title, "images": [n_train, n_test], "agreement": agreement,
-        "engine": contenders["train_vm"].description, "rows": rows,
+        "case": case,
+        "title": title,
+        "images": [n_train, n_test],
+        "agreement": agreement,
+        "engine": contenders["train_vm"].description,
+        "rows": rows,
     }
 
 
@@ -176,8 +191,11 @@ class Ours:
         common = {"batch_size": args.batch_size, "device": device, "seed": 0}
         loaders = {
             step: BatchLoader(
-                task.test if step == "test" else task.train, padding_preset(size), shuffle=step == "train",
-                purpose=step, **common,
+                task.test if step == "test" else task.train,
+                padding_preset(size),
+                shuffle=step == "train",
+                purpose=step,
+                **common,
             )
             for step in STEPS
         }
@@ -218,7 +236,10 @@ class Plain:
         passes = {"estimate": ("train", None), "train": ("train", order), "test": ("test", None)}
         for step, (split, sampler) in passes.items():
             loader = DataLoader(
-                self.sets[split], self.args.batch_size, sampler=sampler, num_workers=2,
+                self.sets[split],
+                self.args.batch_size,
+                sampler=sampler,
+                num_workers=2,
                 pin_memory=self.device.type == "cuda",
             )
             start = time.perf_counter()

@@ -28,8 +28,10 @@ _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the soft
 @user_errors()
 def main(argv=None):
     args = parse(argv)
-    print(f"S={args.source} T={args.target} n={args.samples} batch={args.batch_size} {args.device}, torch "
-          f"{torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"S={args.source} T={args.target} n={args.samples} batch={args.batch_size} {args.device}, torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads"
+    )
     print(f"{'mapping':8} {'observe s':>10} {'samples/s':>10} {'refresh s':>10} {'peak MB':>9}  statistics")
     for name in args.mapping:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -48,8 +50,13 @@ def parse(argv):
     parser.add_argument("--samples", type=int, default=1_000_000, help="samples n (1000000)")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a batch (256)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (cpu)")
-    parser.add_argument("--mapping", nargs="+", default=["flm", "ilm", "blm", "blmpp"], metavar="NAME",
-                        help="estimated mappings to measure (flm ilm blm blmpp)")
+    parser.add_argument(
+        "--mapping",
+        nargs="+",
+        default=["flm", "ilm", "blm", "blmpp"],
+        metavar="NAME",
+        help="estimated mappings to measure (flm ilm blm blmpp)",
+    )
     args = parser.parse_args(argv)
     for option in ("source", "target", "samples", "batch_size"):
         if getattr(args, option) < 1:

@@ -64,7 +64,7 @@ def user_errors():
         if not isinstance(error, MainProcessFailed):
             raw = isinstance(error, OSError) and error.strerror and error.filename
             text = f"{error.filename}: {error.strerror}" if raw else str(error)
-            print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
+            _print_line("error", text)
         sys.exit(2)
 
 
@@ -77,7 +77,7 @@ def one_line_warnings(show=lambda text: print(text, file=sys.stderr)):
         if category is not UserWarning:
             earlier(message, category, *place, **where)
         elif os.environ.get("RANK", "0") == "0":
-            show(f"warning: {printable(str(message))}")
+            show(f"warning: {message}")
 
     warnings.showwarning = shown
     try:
@@ -86,6 +86,12 @@ def one_line_warnings(show=lambda text: print(text, file=sys.stderr)):
         warnings.showwarning = earlier
 
 
-def printable(text):
-    """``text`` with everything that a terminal would act on, or cannot write, shown as an escape such as ``\\x1b``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+def warn(message):
+    """Print a warning as one line on stderr."""
+    _print_line("warning", message)
+
+
+def _print_line(kind, message):
+    from data.files import printable  # not before there is something to say: the parser starts without torch
+
+    print(f"{kind}: {printable(' '.join(str(message).split()))}", file=sys.stderr)

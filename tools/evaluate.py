@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from data import BatchLoader
-from data.files import write_json, write_text
-from tools.console import Parser, one_line_warnings, user_errors
+from data.files import printable, write_json, write_text
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 from tools.training.run_folder import check_writable
 
@@ -31,26 +31,34 @@ CALIBRATION_BINS = 15
 @user_errors()
 def main(argv=None):
     args = parse(argv)
-    with user_errors(), one_line_warnings():
+    with one_line_warnings():
         out = Path(args.out or args.run)
         run = load_run(args.run, args.device, args.data_path, args.weights, ("test",), args.checkpoint, args.plugin)
         check_writable(out, "--out")
         logits, labels = test_logits(run)
+        groups = [[run.class_names[t] for t in group] for group in run.system.mapping.indistinct_labels()]
         evaluation = {
             "kind": run.kind,
             **{key: getattr(run.settings, key) for key in ("dataset", "backbone", "reprogramming", "mapping", "seed")},
-            "checkpoint": args.checkpoint, "epoch": run.epoch, **measure(logits, labels, run.class_names),
+            "checkpoint": args.checkpoint,
+            "epoch": run.epoch,
+            "indistinct_labels": groups,
+            **measure(logits, labels, run.class_names),
         }
+        for group in groups:
+            warn(f"the mapping cannot tell {', '.join(group)} apart: only the first is ever predicted")
         recorded = run.checkpoint["metrics"][-1]["test_accuracy"]
         if evaluation["accuracy"] != recorded:
-            print(f"warning: accuracy {evaluation['accuracy']:.4%} is not the {recorded:.4%} measured in training: "
-                  "another device, library version, data set or weights file than then", file=sys.stderr)
+            warn(
+                f"accuracy {evaluation['accuracy']:.4%} is not the {recorded:.4%} measured in training: another "
+                "device, library version, data set or weights file than then"
+            )
         out.mkdir(parents=True, exist_ok=True)
         suffix = "" if args.checkpoint == "last" else f"-{args.checkpoint}"
         write_json(out / f"evaluation{suffix}.json", evaluation)
-        counts = confusion(logits.argmax(1), labels, len(run.class_names))
+        counts = confusion(ranking(logits)[:, 0], labels, len(run.class_names))
         write_text(out / f"confusion{suffix}.csv", as_csv(counts, run.class_names))
-    print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation))
+        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation))
 
 
 def parse(argv):
@@ -70,8 +78,13 @@ def test_logits(run):
         Loaded with its test set.
     """
     loader = BatchLoader(
-        run.system.task.test, run.system.presets[1], run.settings.batch_size, run.system.device, shuffle=False,
-        seed=run.settings.seed, purpose="test",
+        run.system.task.test,
+        run.system.presets[1],
+        run.settings.batch_size,
+        run.system.device,
+        shuffle=False,
+        seed=run.settings.seed,
+        purpose="test",
     )
     labels = []
 
@@ -80,8 +93,13 @@ def test_logits(run):
             labels.append(batch.labels.cpu())
             yield batch.images
 
-    logits = [target.cpu() for _, target in run.logits(images())]
+    logits = [target.cpu() for target in run.downstream_logits(images())]
     return torch.cat(logits), torch.cat(labels)
+
+
+def ranking(logits):
+    """Labels from the largest logit to the smallest, (n, T); of equal logits the smaller label comes first."""
+    return logits.sort(dim=1, descending=True, stable=True).indices
 
 
 def measure(logits, labels, class_names):
@@ -101,9 +119,9 @@ def measure(logits, labels, class_names):
     a sample) and ``confused_with``, the label it is most often taken for (None without an error). Fractions of 1.
     """
     num_target = len(class_names)
-    predicted = logits.argmax(1)
+    top = ranking(logits)[:, :5]
+    predicted = top[:, 0]
     counts = confusion(predicted, labels, num_target)
-    top = logits.topk(min(5, num_target), dim=1).indices
     bins = calibration(logits, labels)
     return {
         "num_samples": len(labels),
@@ -120,7 +138,9 @@ def _class(row, t, class_names):
     total, wrong = int(row.sum()), row.clone()
     wrong[t] = 0
     return {
-        "name": class_names[t], "num_samples": total, "accuracy": int(row[t]) / total if total else None,
+        "name": class_names[t],
+        "num_samples": total,
+        "accuracy": int(row[t]) / total if total else None,
         "confused_with": class_names[int(wrong.argmax())] if wrong.any() else None,
     }
 
@@ -139,7 +159,7 @@ def calibration(logits, labels, num_bins=CALIBRATION_BINS):
     -------
     list of dict with ``num_samples``, mean ``confidence`` and ``accuracy``; those are None in an empty bin
     """
-    confidence, predicted = logits.double().softmax(1).max(1)
+    confidence, predicted = logits.double().softmax(1).amax(1), ranking(logits)[:, 0]
     bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
     correct = (predicted == labels).double()
     counts, confidences, hits = (
@@ -164,10 +184,10 @@ def as_csv(counts, class_names):
 def as_table(evaluation):
     """For people: the measures, then the classes from the best to the worst."""
     e, classes = evaluation, evaluation["classes"]
-    width = max(len("class"), *(len(c["name"]) for c in classes))
+    width = max(len("class"), *(len(printable(c["name"])) for c in classes))
     lines = [
-        f"{e['dataset']}, {e['backbone']}, {e['reprogramming']}, {e['mapping']}, seed {e['seed']}: {e['num_samples']} "
-        f"test images, after epoch {e['epoch'] + 1} ({e['checkpoint']})",
+        f"{printable(e['dataset'])}, {e['backbone']}, {e['reprogramming']}, {e['mapping']}, seed {e['seed']}: "
+        f"{e['num_samples']} test images, after epoch {e['epoch'] + 1} ({e['checkpoint']})",
         "",
         f"accuracy                      {e['accuracy']:8.2%}",
         f"top-5 accuracy                {e['top5_accuracy']:8.2%}",
@@ -177,7 +197,8 @@ def as_table(evaluation):
     ]
     for c in sorted(classes, key=lambda c: -1 if c["accuracy"] is None else c["accuracy"], reverse=True):
         accuracy = "-" if c["accuracy"] is None else f"{c['accuracy']:.2%}"
-        lines.append(f"{c['name']:{width}}  {c['num_samples']:6}  {accuracy:>8}  {c['confused_with'] or '-'}")
+        name, confused_with = printable(c["name"]), printable(c["confused_with"] or "-")
+        lines.append(f"{name:{width}}  {c['num_samples']:6}  {accuracy:>8}  {confused_with}")
     return "\n".join(lines)
 
 

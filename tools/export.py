@@ -1,12 +1,13 @@
 """python -m tools.export results/vm/flowers102/efficientnet_lite0_padding_blm_seed0 --format both
 
 Write a trained run as one network for use without this project: pattern, backbone and mapping ω together, from float
-images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's text embeddings and ω are one matrix.
+images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's text embeddings and ω are folded into
+one (D, T) matrix on its D-dimensional image embedding.
 
 model.pt2    for torch.export.load
 model.onnx   for onnxruntime and others; needs the packages onnx and onnxscript
 
-Both carry, as JSON texts, "class_names" (a list in the order of the logits), "preprocessing" (how a picture becomes the
+Both carry, as JSON texts, "class_names" (a list in the order of the logits), "preprocessing" (how an image becomes the
 input) and "run" (what was trained): in ONNX as metadata_props, in the .pt2 as extra files of these names with the
 suffix .json. Each file is loaded again and compared with the run's own logits before it takes its final name.
 """
@@ -34,31 +35,31 @@ class ReprogrammedClassifier(nn.Module):
 
     Parameters
     ----------
-    net : nn.Module
-        What the input VR feeds: a classifier, or a CLIP's image tower.
+    backbone : nn.Module
+        Normalised canvases to outputs.
     input_vr : models.InputVR
-    readout : tools.training.readout.Readout
+    head : nn.Module
+        Outputs of the backbone to downstream logits.
     """
 
-    def __init__(self, net, input_vr, readout):
+    def __init__(self, backbone, input_vr, head):
         super().__init__()
-        self.net, self.input_vr, self.mapping = net, input_vr, readout.as_module()
+        self.backbone, self.input_vr, self.head = backbone, input_vr, head
         self.register_buffer("pattern", input_vr.pattern().detach().clone())
 
     def forward(self, images):
-        return self.mapping(self.net(self.input_vr.embed(images) + self.pattern))
+        return self.head(self.backbone(self.input_vr.embed(images) + self.pattern))
 
 
 @user_errors()
 def main(argv=None):
     args = parse(argv)
-    with user_errors(), one_line_warnings():
+    with one_line_warnings():
         out = Path(args.out or args.run)
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
             _require_packages("onnx", "onnxscript")
-        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint,
-                       plugin=args.plugin)
+        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
@@ -80,7 +81,7 @@ def export(run, out, formats):
     Parameters
     ----------
     run : tools.training.finished.FinishedRun
-        On the CPU; from here on it computes in fp32.
+        On the CPU.
     out : Path
         Folder, made where it is missing.
     formats : list of str
@@ -98,7 +99,7 @@ def export(run, out, formats):
     """
     size = run.system.presets[1].output_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    (_, expected), = run.logits([images])
+    (expected,) = run.downstream_logits([images])
     program = _trace(run, images)
     out.mkdir(parents=True, exist_ok=True)
     for form in formats:
@@ -121,7 +122,10 @@ def describe(run):
     described = {
         "class_names": run.class_names,
         "preprocessing": {
-            "color": "RGB", "layout": "NCHW", "range": [0, 1], "size": preset.output_size,
+            "color": "RGB",
+            "layout": "NCHW",
+            "range": [0, 1],
+            "size": preset.output_size,
             "resize": {"exact": "both sides to size", "shorter-side": "shorter side to size, then centre crop"}[
                 preset.resize
             ],
@@ -129,7 +133,9 @@ def describe(run):
             "normalization": "none: it is part of the network",
         },
         "run": {
-            "kind": run.kind, "epoch": run.epoch, "test_accuracy": run.checkpoint["metrics"][-1]["test_accuracy"],
+            "kind": run.kind,
+            "epoch": run.epoch,
+            "test_accuracy": run.checkpoint["metrics"][-1]["test_accuracy"],
             **{key: getattr(settings, key) for key in ("dataset", "backbone", "reprogramming", "mapping", "seed")},
         },
     }
@@ -138,7 +144,7 @@ def describe(run):
 
 def _trace(run, images):
     system = run.system
-    network = ReprogrammedClassifier(system.net, system.input_vr, system.readout).eval()
+    network = ReprogrammedClassifier(system.net, system.input_vr, system.readout.as_module()).eval()
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -155,7 +161,11 @@ def _write_torch(program, file, description):
 
 def _write_onnx(program, file, description):
     onnx = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},),
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
     onnx.model.metadata_props.update(description)

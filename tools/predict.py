@@ -3,63 +3,92 @@
 Predict the downstream labels of images with a trained run, and say which pretrained labels carried the decision.
 
 A downstream logit is a weighted sum of pretrained logits z, y[t] = Σ_s ω[s,t] z[s]. How far the winning label w stands
-above the average of all T downstream labels is therefore a sum over pretrained labels,
+above the average of all T downstream labels (with lda: of those it was trained on) is therefore a sum over pretrained
+labels,
 
     y[w] − mean_t y[t]  =  Σ_s (ω[s,w] − mean_t ω[s,t]) (z[s] − mean(z))  +  rest,
 
 whose terms are the contributions; those above 0 are shown. ω enters relative to its mean: a pretrained label that
 speaks for all downstream labels alike decides nothing. z enters relative to its mean: adding a constant to all
-pretrained logits changes no decision where the columns of ω have equal sums, as they do in all mappings but the learned
-one. There the rest is 0; for the learned mapping it holds its bias and what unequal columns make of mean(z). A
+pretrained logits changes no decision where the columns of ω have equal sums, as they do in rlm, flm, ilm, blm and
+blmpp. There the rest is 0; for lda and linear it holds the bias and what unequal columns make of mean(z). A
 contribution can be positive because an active pretrained label weighs more for the winner than on average, or an
-inactive one less.
+inactive one less. Of labels with equal logits the smallest wins.
+
+An image that cannot be read is left out with a warning; the exit code is then 1, and 2 where no image is left.
 """
 
 import csv
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data import BatchLoader, ImageSet
-from data.image_set import Streamed
+from data.files import printable
 from data.sources import IMAGE_SUFFIXES, FileSource
-from tools.console import Parser, one_line_warnings, user_errors
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 
 BATCH_SIZE, THREADS = 32, 4
+_NEVER = -1e29  # no logit's bias but that of a label that the training set lacked
 
 
 @user_errors()
 def main(argv=None):
     args = parse(argv)
-    with user_errors(), one_line_warnings():
+    with one_line_warnings():
         if args.top_k < 1:
             raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
         files = image_files(args.images)
-        run = load_run(args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint,
-                       plugin=args.plugin)
-        predictions = predict(run, files, args.top_k)
-    write = {"json": as_json, "csv": as_csv, "table": as_table}[args.format]
-    print(write(predictions), end="")
+        run = load_run(
+            args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin
+        )
+        for group in run.system.mapping.indistinct_labels():
+            names = ", ".join(run.class_names[t] for t in group)
+            warn(f"the mapping cannot tell {names} apart: only the first is ever predicted")
+        predictions, unreadable = predict(run, files, args.top_k)
+        for reason in unreadable:
+            warn(f"left out: {reason}")
+        write = {"json": as_json, "csv": as_csv, "table": as_table}[args.format]
+        print(write(predictions), end="")
+    if unreadable:
+        sys.exit(1 if predictions else 2)
 
 
 def parse(argv):
     parser = Parser(prog="python -m tools.predict", description=__doc__)
     add_run_arguments(parser, data=False)
-    parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+",
-                        help="image files; of a folder, all image files in it and below")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K",
-                        help="downstream labels and pretrained labels to show an image (default: 5)")
+    parser.add_argument(
+        "images", metavar="IMAGE|FOLDER", nargs="+", help="image files; of a folder, all image files in it and below"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=5,
+        metavar="K",
+        help="downstream and pretrained labels to show per image (default: 5)",
+    )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", dest="format", action="store_const", const="json", default="table",
-                      help="print a JSON list, an object an image")
-    form.add_argument("--csv", dest="format", action="store_const", const="csv",
-                      help="print CSV: a row for the k-th label and the k-th pretrained one behind the first")
+    form.add_argument(
+        "--json",
+        dest="format",
+        action="store_const",
+        const="json",
+        default="table",
+        help="print a JSON list, an object per image",
+    )
+    form.add_argument(
+        "--csv",
+        dest="format",
+        action="store_const",
+        const="csv",
+        help="print CSV: a row for the k-th label and the k-th pretrained one behind the first",
+    )
     return parser.parse_args(argv)
 
 
@@ -75,8 +104,11 @@ def image_files(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
-                           and not f.name.startswith("."))
+            found = sorted(
+                f
+                for f in path.rglob("*")
+                if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file() and not f.name.startswith(".")
+            )
             if not found:
                 raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
         elif not path.exists():
@@ -96,53 +128,80 @@ def predict(run, files, top_k=5):
 
     Returns
     -------
-    list of dict, one an image, with
+    predictions : list of dict
+        One per readable image, with
         ``image``: its path;
         ``predictions``: min(top_k, T) of {label, name, probability}, descending;
         ``why``: ``margin`` of the first above the mean downstream logit = ``pro`` (sum of the contributions above
         0) + ``contra`` (of those below) + ``rest``; ``sources``: at most top_k of {label, name, contribution,
         weight} with a contribution above 0, descending; weight is ω[s, winner].
-
-    Raises
-    ------
-    ValueError
-        A file is no readable image.
+    unreadable : list of str
+        Of each other image, what is wrong with it.
     """
-    preset = run.system.presets[1]
-    source = FileSource("images", Path.cwd(), files, np.zeros(len(files)))
-    images = ImageSet(Streamed(source, preset, THREADS), torch.from_numpy(source.labels), source.names, "image files")
-    loader = BatchLoader(images, preset, BATCH_SIZE, run.system.device, shuffle=False, seed=0, purpose="predict")
-    weights = run.system.mapping.weights
-    centred_weights = weights - weights.mean(1, keepdim=True)
-    predictions = []
-    for source_logits, target_logits in run.logits(batch.images for batch in loader.epoch(0)):
+    weights, bias = run.system.mapping.weights, run.system.mapping.bias
+    known = slice(None) if bias is None else bias > _NEVER  # a label that lda never saw would swamp the mean
+    centred_weights = weights - weights[:, known].mean(1, keepdim=True)
+    predictions, readable, unreadable = [], [], []
+    for source_logits, target_logits in run.logits(_batches(run.system, files, readable, unreadable)):
         for z, y in zip(source_logits, target_logits, strict=True):
-            file = files[len(predictions)]
-            predictions.append({
-                "image": str(file), "predictions": _most_likely(y, run.class_names, top_k),
-                "why": _explain(z, y, weights, centred_weights, run.source_names, top_k),
-            })
-    return predictions
+            predictions.append(
+                {
+                    "image": readable[len(predictions)],
+                    "predictions": _most_likely(y, run.class_names, top_k),
+                    "why": _explain(z, y, known, weights, centred_weights, run.source_names, top_k),
+                }
+            )
+    return predictions, unreadable
+
+
+def _batches(system, files, readable, unreadable):
+    """Test images of the run as its evaluation would load them; each file's path or fault is noted on the way."""
+    preset, source = system.presets[1], FileSource("images", Path.cwd(), files, [0] * len(files))
+
+    def stored(i):
+        try:
+            return torch.tensor(preset.store(source.image(i), source.where(i)))
+        except (ValueError, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(files), BATCH_SIZE):
+            numbers = range(start, min(start + BATCH_SIZE, len(files)))
+            images = []
+            for i, image in zip(numbers, pool.map(stored, numbers), strict=True):
+                if isinstance(image, Exception):
+                    unreadable.append(str(image))
+                else:
+                    readable.append(str(files[i]))
+                    images.append(image)
+            if images:
+                labels = torch.zeros(len(images), dtype=torch.int64)
+                chunk = ImageSet(torch.stack(images), labels, readable[-len(images) :], "image files")
+                loader = BatchLoader(chunk, preset, BATCH_SIZE, system.device, shuffle=False, seed=0, purpose="predict")
+                yield from (batch.images for batch in loader.epoch(0))
 
 
 def _most_likely(y, names, top_k):
     probabilities = y.double().softmax(0)
-    top = probabilities.topk(min(top_k, len(y)))
-    return [{"label": t, "name": names[t], "probability": p}
-            for p, t in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+    top = y.sort(descending=True, stable=True).indices[:top_k]
+    return [{"label": t, "name": names[t], "probability": float(probabilities[t])} for t in top.tolist()]
 
 
-def _explain(z, y, weights, centred_weights, names, top_k):
+def _explain(z, y, known, weights, centred_weights, names, top_k):
     winner = int(y.argmax())
     contributions = contributions_to(centred_weights[:, winner], z)
-    margin = float(y[winner].double() - y.double().mean())
+    margin = float(y[winner].double() - y[known].double().mean())
     pro, contra = float(contributions.clamp(min=0).sum()), float(contributions.clamp(max=0).sum())
     top = contributions.topk(min(top_k, len(z)))
     return {
-        "margin": margin, "pro": pro, "contra": contra, "rest": margin - pro - contra,
+        "margin": margin,
+        "pro": pro,
+        "contra": contra,
+        "rest": margin - pro - contra,
         "sources": [
             {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
-            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True) if c > 0
+            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            if c > 0
         ],
     }
 
@@ -176,10 +235,16 @@ def as_csv(predictions):
     writer.writerow(["image", "rank", "label", "probability", "because", "contribution"])
     for p in predictions:
         for rank, (label, source) in enumerate(zip_longest(p["predictions"], p["why"]["sources"], fillvalue={}), 1):
-            writer.writerow([
-                p["image"], rank, label.get("name"), label.get("probability"), source.get("name"),
-                source.get("contribution"),
-            ])
+            writer.writerow(
+                [
+                    p["image"],
+                    rank,
+                    label.get("name"),
+                    label.get("probability"),
+                    source.get("name"),
+                    source.get("contribution"),
+                ]
+            )
     return text.getvalue()
 
 
@@ -188,11 +253,13 @@ def as_table(predictions):
     blocks = []
     for p in predictions:
         labels, why = p["predictions"], p["why"]
-        width = max(len(row["name"]) for row in [*labels, *why["sources"]])
-        lines = [p["image"], *(f"  {row['name']:{width}}  {row['probability']:7.2%}" for row in labels)]
+        width = max(len(printable(row["name"])) for row in [*labels, *why["sources"]])
+        lines = [printable(p["image"])]
+        lines += [f"  {printable(row['name']):{width}}  {row['probability']:7.2%}" for row in labels]
         lines.append(f"because of (contribution to the margin of {labels[0]['name']!r}, weight for it)")
         for row in why["sources"]:
-            lines.append(f"  {row['name']:{width}}  {row['contribution']:+7.3f}  {row['weight']:.4f}")
+            name = printable(row["name"])
+            lines.append(f"  {name:{width}}  {row['contribution']:+7.3f}  {row['weight']:+.4f}")
         rest = f", {why['rest']:+.3f} no single one's" if abs(why["rest"]) > 5e-4 else ""
         lines.append(f"margin {why['margin']:+.3f}: for it {why['pro']:+.3f}, against {why['contra']:+.3f}{rest}")
         blocks.append("\n".join(lines) + "\n")

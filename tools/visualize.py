@@ -8,34 +8,60 @@ mapping     ω as a heat map, ordered so that its blocks show
 curves      loss, accuracy and change of the mapping over the epochs
 evolution   the weights of each chosen label's pretrained labels over the epochs
 outputs     t-SNE of what the network says without pattern and mapping, and with them
+
+Three more show what tools.evaluate measured of the run, where it did:
+
+confusion   which labels are taken for which
+classes     accuracy by class, and what each is most often taken for
+reliability accuracy against confidence
+
+What cannot be drawn is named with the reason, and left out.
 """
 
+import csv
 import difflib
 import json
+import math
 import warnings
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from data.files import printable, read_json
 from data.image_set import take
-from tools.console import Parser, one_line_warnings, user_errors
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
-from tools.training.pattern_image import pattern_picture
 
 STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42,
-    "legend.frameon": False, "savefig.dpi": 300, "text.parse_math": False,
-    "image.cmap": "magma_r", "lines.linewidth": 1.2, "lines.markersize": 4,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "legend.frameon": False,
+    "savefig.dpi": 300,
+    "text.parse_math": False,
+    "image.cmap": "magma_r",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
 }
 # Told apart without colour: dark and light, line style, marker.
 COLOURS = ("#000000", "#0b559f", "#c4622d", "#4aa3a2", "#9467bd", "#8c8c8c", "#d62728", "#2ca02c", "#e0a800", "#e377c2")
 MARKERS = "osD^vP*Xh<"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (7, 3)), (0, (2, 2)), (0, (9, 2)))
 LABELS_SHOWN, LABELS_IN_TSNE, IMAGES_IN_TSNE = 6, 10, 50
-SOURCES_SHOWN, ROWS_SHOWN = 8, 120
+SOURCES_SHOWN, ROWS_SHOWN, BARS_SHOWN = 8, 120, 60
+# From negative to positive, also in grey: the darker, the more negative.
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#08306b", "#4f77ad", "#adadad", "#ecb27c", "#fff6d0"])
+
+
+class NotDrawn(Exception):
+    """Why a figure cannot be drawn."""
 
 
 def spread(count, total):
@@ -59,9 +85,9 @@ def find_labels(names, class_names):
 
 
 def heaviest(weights, count):
-    """[(pretrained label, weight), …] of the ``count`` largest weights above 0 in a column of ω, (S,)."""
-    top = weights.topk(min(count, len(weights)))
-    return [(s, w) for s, w in zip(top.indices.tolist(), top.values.tolist(), strict=True) if w > 0]
+    """[(pretrained label, weight), …] of the ``count`` weights of largest size, none of them 0, in a column of ω."""
+    top = weights.abs().topk(min(count, len(weights))).indices.tolist()
+    return [(s, w) for s, w in zip(top, weights[top].tolist(), strict=True) if w]
 
 
 def block_order(weights, rows):
@@ -103,8 +129,8 @@ def same_class_neighbours(outputs, labels):
 class Drawing:
     """The figures of one run; each method draws one and returns it with its numbers."""
 
-    def __init__(self, run, chosen):
-        self.run, self.chosen = run, chosen
+    def __init__(self, run, chosen, checkpoint="last"):
+        self.run, self.chosen, self.checkpoint = run, chosen, checkpoint
         self.class_names, self.source_names = run.class_names, run.source_names
         self.metrics = run.checkpoint["metrics"]
         self.weights = run.system.mapping.weights.cpu()
@@ -114,34 +140,43 @@ class Drawing:
         index = (test.labels == label).nonzero()[:count, 0]
         return take(test.images, index).permute(0, 3, 1, 2).float() / 255
 
+    @torch.no_grad()
+    def _seen(self, images):
+        """What the backbone sees of images (n, 3, h, w), undone its normalisation: (n, C, C, 3) in [0, 1]."""
+        system, backbone = self.run.system, self.run.system.classifier
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+        seen = system.input_vr(images.to(system.device)).cpu() * std + mean
+        return seen.clamp(0, 1).permute(0, 2, 3, 1)
+
     def pattern(self):
-        """The pattern beside reprogrammed test images, titled with their class and what is made of them."""
-        system, clip = self.run.system, self.run.system.classifier
-        picture, caption = pattern_picture(vars(self.run.settings), self.run.checkpoint["program"])
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (clip.mean, clip.std))
-        shown, numbers = [], []
+        """The pattern stretched and at its true strength, and reprogrammed test images with what is made of them."""
+        vr = self.run.system.input_vr
+        stretched, caption = vr.as_image()
+        side = vr.image_size
+        panels = [
+            (stretched.numpy(), "pattern", "stretched"),
+            (self._seen(torch.full((1, 3, side, side), 0.5))[0].numpy(), "true strength", "on a grey image"),
+        ]
+        numbers = []
         for label in self.chosen:
             image = self._test_images(label, 1)
             if not len(image):
                 continue
-            [(_, logits)] = self.run.logits([image])
+            [logits] = self.run.downstream_logits([image])
             predicted = int(logits.argmax(1))
-            with torch.no_grad():
-                seen = (system.input_vr(image.to(system.device)).cpu() * std + mean).clamp(0, 1)[0].permute(1, 2, 0)
-            shown.append((seen, label, predicted))
+            said = _short(self.class_names[predicted], 20)
+            verdict = "✓ recognised" if label == predicted else f"✗ taken for\n{said}"
+            panels.append((self._seen(image)[0].numpy(), _short(self.class_names[label], 20), verdict))
             numbers.append({"label": self.class_names[label], "predicted": self.class_names[predicted]})
-        figure = Figure(figsize=(1.25 * (1 + len(shown)), 1.75), layout="constrained")
-        axes = figure.subplots(1, 1 + len(shown), squeeze=False)
-        axes[0, 0].imshow(picture.numpy())
-        axes[0, 0].set_title("pattern")
-        for axis, (seen, label, predicted) in zip(axes[0, 1:], shown, strict=True):
-            axis.imshow(seen.numpy())
-            axis.set_title(_short(self.class_names[label], 20))
-            right = "✓" if label == predicted else "✗ " + _short(self.class_names[predicted], 16)
-            axis.set_xlabel(right, fontsize=7)
-        for axis in axes[0]:
+        figure = Figure(figsize=(1.25 * len(panels), 2.2), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)
+        for axis, (image, above, below) in zip(axes[0], panels, strict=True):
+            axis.imshow(image)
+            axis.set_title(above)
+            axis.set_xlabel(below, fontsize=7)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
+        figure.supxlabel(f"pattern: {caption}", fontsize=6.5)
         return figure, {"caption": caption, "images": numbers}
 
     def labels(self, examples=4):
@@ -152,7 +187,8 @@ class Drawing:
         axes = figure.subplots(
             len(self.chosen), examples + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * examples + [2.4]}
         )
-        limit = max((w for top in tops for _, w in top), default=1)
+        limit = 1.04 * max((abs(w) for top in tops for _, w in top), default=1)
+        signed = any(w < 0 for top in tops for _, w in top)
         for line, label, top in zip(axes, self.chosen, tops, strict=True):
             images = self._test_images(label, examples)
             for axis, image in zip(line[:-1], images, strict=False):
@@ -162,47 +198,62 @@ class Drawing:
                 axis.spines[:].set_visible(False)
             line[0].set_title(_short(self.class_names[label], 60), loc="left", fontweight="bold")
             names = [_short(self.source_names[s], 40) for s, _ in top]
-            line[-1].barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", linewidth=0.4)
+            bars = line[-1].barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", lw=0.4)
+            for bar, (_, w) in zip(bars, top, strict=True):
+                if w < 0:
+                    bar.set(facecolor="white", edgecolor="#b4531f", hatch="/////")
+            line[-1].axvline(0, color="black", linewidth=0.6)
             line[-1].set_yticks(range(len(top)), names, fontsize=6.5)
-            line[-1].set(xlim=(0, limit * 1.02), ylim=(max(map(len, tops)) - 0.4, -0.6))
+            line[-1].set(xlim=(-limit if signed else 0, limit), ylim=(max(map(len, tops)) - 0.4, -0.6))
             line[-1].tick_params(axis="y", length=0)
             line[-1].tick_params(axis="x", labelbottom=label == self.chosen[-1])
-        axes[-1, -1].set_xlabel("weight ω")
+        axes[-1, -1].set_xlabel("weight ω\n(hatched: speaks against the label)" if signed else "weight ω")
         return figure, {
             self.class_names[t]: [{"label": s, "name": self.source_names[s], "weight": w} for s, w in top]
             for t, top in zip(self.chosen, tops, strict=True)
         }
 
     def mapping(self):
-        """ω, or |ω| of a learned mapping, as a heat map of its heaviest rows."""
-        signed = bool((self.weights < 0).any())
-        weights = self.weights.abs().numpy()
-        rows, columns = block_order(weights, min(max(20, 3 * weights.shape[1]), ROWS_SHOWN))
+        """ω as a heat map of its heaviest rows, in diverging colours where it has negative weights."""
+        weights = self.weights.numpy()
+        signed = bool((weights < 0).any())
+        rows, columns = block_order(np.abs(weights), min(max(20, 3 * weights.shape[1]), ROWS_SHOWN))
         table = weights[np.ix_(rows, columns)]
-        height = min(max(0.075 * len(rows), 2.5), 9)
-        figure = Figure(figsize=(7.2, height + 1), layout="constrained")
-        axis = figure.subplots()
-        norm = matplotlib.colors.PowerNorm(0.5, 0, max(table.max(), 1e-12))
-        mesh = axis.imshow(table, norm=norm, aspect="auto", interpolation="nearest")
-        bar = figure.colorbar(mesh, shrink=0.5, pad=0.01)
-        bar.set_label("|ω|" if signed else "ω")
-        names = [_short(self.class_names[t], 30) for t in columns], [_short(self.source_names[s], 40) for s in rows]
-        inches = 5.5 / len(columns), height / len(rows)
-        for set_ticks, texts, space, options in zip(
-            (axis.set_xticks, axis.set_yticks), names, inches, ({"rotation": 90}, {}), strict=True
-        ):
-            if space * 72 >= 3:  # below three points nobody can read them
-                set_ticks(range(len(texts)), texts, fontsize=min(7, 0.85 * space * 72), **options)
-        axis.tick_params(length=0, pad=2)
-        axis.set(xlabel="downstream label", ylabel=f"pretrained label ({len(rows)} of {len(weights)})")
+        if signed:
+            limit = max(np.quantile(np.abs(table), 0.995), 1e-12)
+            options = {"norm": Normalize(-limit, limit), "cmap": DIVERGING}
+        else:
+            options = {"norm": PowerNorm(0.5, 0, max(table.max(), 1e-12))}
+        figure, axis, bar, every = self._heat_map(table, columns, rows, self.source_names, **options)
+        bar.ax.set_title("ω", fontsize=9)
+        axis.set(xlabel="downstream label" + _named(every), ylabel=f"pretrained label ({len(rows)} of {len(weights)})")
         return figure, {
-            "rows": [self.source_names[s] for s in rows], "columns": [self.class_names[t] for t in columns],
+            "rows": [self.source_names[s] for s in rows],
+            "columns": [self.class_names[t] for t in columns],
         }
+
+    def _heat_map(self, table, columns, rows, row_names, **options):
+        """A table with its labels named, as many as can be read; figure, axis, colour bar, every which is named."""
+        width, height = min(max(0.09 * len(columns), 5.2), 14), min(max(0.095 * len(rows), 2.5), 14)
+        figure = Figure(figsize=(width + 2, height + 1.2), layout="constrained")
+        axis = figure.subplots()
+        mesh = axis.imshow(table, aspect="auto", interpolation="nearest", **options)
+        bar = figure.colorbar(mesh, shrink=0.5, pad=0.01, extend="both" if "cmap" in options else "neither")
+        names = [_short(self.class_names[t], 30) for t in columns], [_short(row_names[s], 40) for s in rows]
+        steps = []
+        for set_ticks, texts, inches, rotated in zip(
+            (axis.set_xticks, axis.set_yticks), names, (width, height), ({"rotation": 90}, {}), strict=True
+        ):
+            points = 72 * inches / len(texts)
+            steps.append(max(1, math.ceil(6.4 / points)))  # smaller ones nobody can read
+            shown = range(0, len(texts), steps[-1])
+            set_ticks(shown, [texts[i] for i in shown], fontsize=min(7, 0.9 * points * steps[-1]), **rotated)
+        axis.tick_params(length=2 if max(steps) > 1 else 0, pad=2)
+        return figure, axis, bar, steps[0]
 
     def curves(self):
         """Loss, accuracy and ‖Δω‖ over the epochs."""
         epochs = [line["epoch"] + 1 for line in self.metrics]
-        every = max(1, len(epochs) // 10)
         panels = {
             "training loss": {"": "train_loss"},
             "accuracy, %": {"test": "test_accuracy", "training": "train_accuracy"},
@@ -211,51 +262,98 @@ class Drawing:
         figure = Figure(figsize=(7.2, 2.1), layout="constrained")
         axes = figure.subplots(1, 3)
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-            for i, (name, key) in enumerate(lines.items()):
-                scale = 100 if "accuracy" in key else 1
-                values = [np.nan if line[key] is None else scale * line[key] for line in self.metrics]
-                axis.plot(epochs, values, color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i], markevery=every,
-                          markerfacecolor="white" if i else None, label=name)
             axis.set(title=title, xlabel="epoch")
-            axis.set_ylim(0, 1.08 * max(axis.get_ylim()[1], 1e-9))
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[1].legend()
+            scale, drawn = 100 if "accuracy" in title else 1, []
+            for i, (name, key) in enumerate(lines.items()):
+                values = [np.nan if line[key] is None else scale * line[key] for line in self.metrics]
+                if np.isfinite(values).any():
+                    drawn += values
+                    axis.plot(
+                        epochs,
+                        values,
+                        color=COLOURS[i],
+                        linestyle=DASHES[i],
+                        marker=MARKERS[i],
+                        markerfacecolor="none" if i else None,
+                        label=name,
+                        **_marks(epochs),
+                    )
+            _epoch_axis(axis, epochs)
+            if drawn:
+                axis.set_ylim(0, 1.08 * max(np.nanmax(drawn), 1e-9))
+            else:
+                axis.set_yticks([])
+                why = "it never changed" if len(epochs) > 1 else "there is none before\nthe second epoch"
+                axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", color="#56616f")
+        if axes[1].lines:
+            axes[1].legend()
         keys = [key for lines in panels.values() for key in lines.values()]
         return figure, {key: [line[key] for line in self.metrics] for key in keys}
 
     def evolution(self, sources=6):
         """The pretrained labels that ever weighed most in each chosen label, over the epochs."""
-        history = self.run.checkpoint["history"]
+        history = self.run.checkpoint.get("history")
+        if not history:
+            raise NotDrawn("the checkpoint kept no weights of earlier epochs")
         epochs = [entry["epoch"] + 1 for entry in history]
         across = min(2, len(self.chosen))
         down = -(-len(self.chosen) // across)
-        figure = Figure(figsize=(3.6 * across, 1.9 * down), layout="constrained")
+        figure = Figure(figsize=(3.6 * across, 1.9 * down + 0.3), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False, sharex=True)
-        every, numbers = max(1, len(epochs) // 10), {}
+        numbers, bounded = {}, False
         for axis, label in zip(axes.flat, self.chosen, strict=False):
-            # What is not among an epoch's kept labels weighs 0 where one of these does, and little elsewhere: a gap.
-            entries = [dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
-                       for entry in history]
-            rest = [0.0 if len(entry) == 1 or min(entry.values()) == 0 else np.nan for entry in entries]
-            ever = {s for entry in entries for s, w in entry.items() if w > 0}
-            lines = {s: np.array([entry.get(s, r) for entry, r in zip(entries, rest, strict=True)]) for s in ever}
-            shown = sorted(lines, key=lambda s: (-np.nanmax(lines[s]), s))[:sources]
-            for i, s in enumerate(shown):
-                axis.plot(epochs, lines[s], color=COLOURS[i], linestyle=DASHES[i], marker=MARKERS[i], markevery=every,
-                          markerfacecolor="white" if i % 2 else None, label=_short(self.source_names[s], 30))
-            axis.set_title(_short(self.class_names[label], 60), fontweight="bold")
-            axis.set_ylim(bottom=0)
-            axis.set_ylabel("weight ω")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.legend(loc="upper left", bbox_to_anchor=(1, 1.05), fontsize=6.5, handlelength=2.6)
-            numbers[self.class_names[label]] = [
-                {"label": s, "name": self.source_names[s],
-                 "weights": [None if np.isnan(w) else float(w) for w in lines[s]]} for s in shown
+            # What is not among an epoch's kept labels weighs 0 where one of these does, and else at most as the least.
+            entries = [
+                dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
+                for entry in history
             ]
-        for axis in axes.flat[len(self.chosen):]:
+            least = [0.0 if len(entry) == 1 else min(map(abs, entry.values())) for entry in entries]
+            known = [len(entry) == 1 or 0 in entry.values() for entry in entries]
+            ever = {s for entry in entries for s, w in entry.items() if w}
+            lines = {
+                s: np.array([entry.get(s, 0.0 if sure else np.nan) for entry, sure in zip(entries, known, strict=True)])
+                for s in ever
+            }
+            shown = sorted(lines, key=lambda s: (-np.nanmax(np.abs(lines[s])), s))[:sources]
+            for i, s in enumerate(shown):
+                bound = np.where(np.isnan(lines[s]), least, lines[s])
+                if np.isnan(lines[s]).any():
+                    bounded = True
+                    axis.plot(epochs, bound, color=COLOURS[i], linestyle=(0, (1, 2)), linewidth=0.7, clip_on=False)
+                axis.plot(
+                    epochs,
+                    lines[s],
+                    color=COLOURS[i],
+                    linestyle=DASHES[i],
+                    marker=MARKERS[i],
+                    markerfacecolor="white" if i % 2 else None,
+                    label=_short(self.source_names[s], 30),
+                    **_marks(epochs),
+                )
+            axis.set_title(_short(self.class_names[label], 60), fontweight="bold")
+            values = [v for s in shown for v in lines[s] if not np.isnan(v)]
+            axis.set_ylim(1.08 * min([*values, 0.0]), 1.08 * max([*values, 1e-9]))
+            axis.set_ylabel("weight ω")
+            _epoch_axis(axis, epochs)
+            if shown:
+                axis.legend(loc="upper left", bbox_to_anchor=(1, 1.05), fontsize=6.5, handlelength=2.6)
+            numbers[self.class_names[label]] = [
+                {
+                    "label": s,
+                    "name": self.source_names[s],
+                    "weights": [None if np.isnan(w) else float(w) for w in lines[s]],
+                }
+                for s in shown
+            ]
+        for axis in axes.flat[len(self.chosen) :]:
             axis.set_axis_off()
         for axis in axes[-1]:
             axis.set_xlabel("epoch")
+        if bounded:
+            kept = history[-1]["labels"].shape[1]
+            figure.supxlabel(
+                f"fine dots: not among the {kept} heaviest of that epoch, hence of no larger weight", fontsize=6.5
+            )
         return figure, {"epochs": [entry["epoch"] for entry in history], "weights": numbers}
 
     def outputs(self):
@@ -269,13 +367,13 @@ class Drawing:
         images = torch.cat([group for _, group in groups])
         labels = torch.tensor([t for t, group in groups for _ in group])
         if len(images) < 4:
-            raise ValueError(f"t-SNE needs at least 4 test images of the classes shown, found {len(images)}")
+            raise NotDrawn(f"t-SNE needs at least 4 test images of the classes shown, and there are {len(images)}")
         chunks = images.split(32)
         with torch.inference_mode():
-            plain = torch.cat([
-                system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks
-            ])
-            after = torch.cat([logits.cpu() for _, logits in self.run.logits(chunks)])
+            plain = torch.cat(
+                [system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks]
+            )
+            after = torch.cat([logits.cpu() for logits in self.run.downstream_logits(chunks)])
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
         numbers = {"labels": [self.class_names[t] for t in labels.tolist()]}
@@ -286,22 +384,155 @@ class Drawing:
             share = same_class_neighbours(outputs, labels)
             for i, (t, _) in enumerate(groups):
                 here = places[(labels == t).numpy()]
-                axis.scatter(*here.T, s=16, marker=MARKERS[i], facecolor=COLOURS[i] if i % 2 == 0 else "none",
-                             edgecolor=COLOURS[i], linewidth=0.7, label=_short(self.class_names[t], 24))
+                axis.scatter(
+                    *here.T,
+                    s=16,
+                    marker=MARKERS[i],
+                    facecolor=COLOURS[i] if i % 2 == 0 else "none",
+                    edgecolor=COLOURS[i],
+                    linewidth=0.7,
+                    label=_short(self.class_names[t], 24),
+                )
             axis.set(title=f"{title}\nnearest neighbour of the same class: {share:.0%}", xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
             numbers[name] = {"same_class_neighbours": share, "places": places.tolist()}
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=6.5)
         return figure, numbers
 
+    # ---- what tools.evaluate measured ----
+
+    def _evaluation(self):
+        """(evaluation, counts): what evaluation.json and confusion.csv hold of this checkpoint."""
+        suffix = "" if self.checkpoint == "last" else f"-{self.checkpoint}"
+        measured, table = (
+            self.run.folder / f"{name}{suffix}.{kind}" for name, kind in (("evaluation", "json"), ("confusion", "csv"))
+        )
+        if not measured.is_file() or not table.is_file():
+            raise NotDrawn(f"not measured yet; python -m tools.evaluate {self.run.folder} does")
+        try:
+            evaluation = read_json(measured)
+            with open(table, newline="", encoding="utf-8") as file:
+                head, *rows = csv.reader(file)
+            counts = np.array([[int(entry) for entry in row[1:]] for row in rows])
+            names = [c["name"] for c in evaluation["classes"]]
+            if evaluation["epoch"] != self.run.epoch or not names == head[1:] == self.class_names:
+                raise NotDrawn(f"{measured} is of another state of the run; run tools.evaluate again")
+            if counts.shape != (len(names),) * 2 or len(evaluation["calibration"]) < 1:
+                raise ValueError("its sizes disagree")
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise NotDrawn(f"{measured} or {table.name} is damaged ({error}); run tools.evaluate again") from error
+        return evaluation, counts
+
+    def confusion(self):
+        """Of each true label, the shares of its test images by predicted label."""
+        _, counts = self._evaluation()
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        everything = list(range(len(counts)))
+        figure, axis, bar, every = self._heat_map(
+            shares, everything, everything, self.class_names, norm=PowerNorm(0.5, 0, 1)
+        )
+        bar.set_label("share of the true label's images")
+        axis.set(xlabel="predicted label" + _named(every), ylabel="true label" + _named(every))
+        return figure, {"shares": shares.round(4).tolist()}
+
+    def classes(self):
+        """Accuracy by class, from the best to the worst; of many classes both ends."""
+        evaluation, _ = self._evaluation()
+        classes = sorted((c for c in evaluation["classes"] if c["accuracy"] is not None), key=lambda c: -c["accuracy"])
+        half = BARS_SHOWN // 2
+        parts = {f"{len(classes)} classes": classes}
+        if len(classes) > BARS_SHOWN:
+            parts = {f"the best {half} of {len(classes)}": classes[:half], f"the worst {half}": classes[-half:]}
+        most = max(map(len, parts.values()))
+        figure = Figure(figsize=(4.4 * len(parts), 0.13 * most + 0.8), layout="constrained")
+        for axis, (title, shown) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
+            axis.barh(
+                range(len(shown)),
+                [100 * c["accuracy"] for c in shown],
+                color="#9db4cc",
+                edgecolor="#4a6a8a",
+                linewidth=0.4,
+            )
+            axis.set_yticks(range(len(shown)), [_short(c["name"], 30) for c in shown], fontsize=6.5)
+            for place, c in enumerate(shown):
+                if c["confused_with"] is not None:
+                    axis.text(102, place, f"taken for {_short(c['confused_with'], 24)}", fontsize=5.5, va="center")
+            axis.axvline(100 * evaluation["accuracy"], color="black", linestyle="--", linewidth=0.8)
+            axis.set(title=title, xlabel="accuracy, % (dashed: of all images)", xlim=(0, 100), ylim=(most - 0.4, -0.6))
+            axis.tick_params(axis="y", length=0)
+        return figure, {c["name"]: c["accuracy"] for c in classes}
+
+    def reliability(self):
+        """Accuracy against confidence in bins, and how many images fall into each."""
+        evaluation, _ = self._evaluation()
+        bins = evaluation["calibration"]
+        edges = np.linspace(0, 1, len(bins) + 1)
+        filled = [(i, b) for i, b in enumerate(bins) if b["num_samples"]]
+        figure = Figure(figsize=(3.4, 4), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+        upper.bar(
+            [edges[i] for i, _ in filled],
+            [b["accuracy"] for _, b in filled],
+            1 / len(bins),
+            align="edge",
+            color="#9db4cc",
+            edgecolor="#4a6a8a",
+            linewidth=0.5,
+            label="accuracy",
+        )
+        upper.plot(
+            [b["confidence"] for _, b in filled],
+            [b["accuracy"] for _, b in filled],
+            "o",
+            color="black",
+            clip_on=False,
+            label="at the bin's mean confidence",
+        )
+        upper.plot([0, 1], [0, 1], color="#b4531f", linestyle="--", label="calibrated")
+        upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"calibration error {evaluation['ece']:.1%}")
+        upper.legend(loc="upper left", fontsize=6.5)
+        lower.bar(
+            edges[:-1],
+            [b["num_samples"] for b in bins],
+            1 / len(bins),
+            align="edge",
+            color="#c9ced6",
+            edgecolor="#56616f",
+            linewidth=0.5,
+        )
+        lower.set(xlabel="confidence", ylabel="images")
+        return figure, {"ece": evaluation["ece"], "bins": bins}
+
 
 def _short(name, length):
-    name = " ".join(name.split())
+    name = printable(" ".join(name.split()))
     tail = length // 2  # prompts differ in their ends, too
     return name if len(name) <= length else f"{name[: length - 1 - tail].rstrip()}…{name[-tail:].lstrip()}"
 
 
-def draw(run, chosen, folder):
+def _named(every):
+    return "" if every == 1 else f" (every {every}{'nd' if every == 2 else 'rd' if every == 3 else 'th'} is named)"
+
+
+def _marks(epochs):
+    """Marks at some dozen epochs, whole also at the edge of the axes."""
+    return {"markevery": max(1, len(epochs) // 10), "clip_on": False}
+
+
+def _epoch_axis(axis, epochs):
+    """All panels over the same whole epochs, those without a value too."""
+    margin = max(0.5 if len(epochs) < 3 else 0, 0.02 * (epochs[-1] - epochs[0]))
+    axis.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+    if len(epochs) < 6:
+        axis.set_xticks(epochs)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+FIGURES = ("pattern", "labels", "mapping", "curves", "evolution", "outputs", "confusion", "classes", "reliability")
+
+
+def draw(run, chosen, folder, checkpoint="last"):
     """Draw all figures of a run.
 
     Parameters
@@ -312,23 +543,27 @@ def draw(run, chosen, folder):
         The downstream labels that the figures about single labels show.
     folder : Path
         Made where it is not there.
+    checkpoint : {"last", "best"}
+        Whose evaluation is drawn.
 
     Yields
     ------
-    str
-        Name of each figure, once it is written.
+    (str, str or None)
+        Name of each figure once it is written, and None; or why it is left out.
     """
-    drawing, numbers = Drawing(run, chosen), {}
+    drawing, numbers = Drawing(run, chosen, checkpoint), {}
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks shows as boxes
-        for name in ("pattern", "labels", "mapping", "curves", "evolution", "outputs"):
-            if name == "evolution" and "history" not in run.checkpoint:
+        for name in FIGURES:
+            try:
+                figure, numbers[name] = getattr(drawing, name)()
+            except NotDrawn as reason:
+                yield name, str(reason)
                 continue
-            figure, numbers[name] = getattr(drawing, name)()
             figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
             figure.savefig(folder / f"{name}.png")
-            yield name
+            yield name, None
     (folder / "figures.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
 
 
@@ -336,18 +571,33 @@ def draw(run, chosen, folder):
 def main(argv=None):
     parser = Parser(prog="python -m tools.visualize", description=__doc__)
     add_run_arguments(parser)
-    parser.add_argument("--label", action="append", default=[], metavar="NAME",
-                        help=f"a downstream label to show; may be repeated (default: {LABELS_SHOWN} across the task)")
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"a downstream label to show; may be repeated (default: {LABELS_SHOWN} across the task)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where the figures go (default: RUN/figures)")
     arguments = parser.parse_args(argv)
-    with user_errors(), one_line_warnings():
-        run = load_run(arguments.run, arguments.device, arguments.data_path, arguments.weights, ("test",),
-                       arguments.checkpoint, arguments.plugin)
+    with one_line_warnings():
+        run = load_run(
+            arguments.run,
+            arguments.device,
+            arguments.data_path,
+            arguments.weights,
+            ("test",),
+            arguments.checkpoint,
+            arguments.plugin,
+        )
         names = run.class_names
         chosen = find_labels(dict.fromkeys(arguments.label), names) or spread(LABELS_SHOWN, len(names))
         folder = Path(arguments.out or run.folder / "figures")
-        for name in draw(run, chosen, folder):
-            print(f"{folder / name}.pdf, .png", flush=True)
+        for name, left_out in draw(run, chosen, folder, arguments.checkpoint):
+            if left_out:
+                warn(f"{name} is left out: {left_out}")
+            else:
+                print(f"{folder / name}.pdf, .png", flush=True)
 
 
 if __name__ == "__main__":

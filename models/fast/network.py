@@ -185,7 +185,7 @@ class Network(nn.Module):
         notes["winograd"] = f"winograd in {fast} layers" if fast else "no winograd (no layer that it can speed up)"
         notes["shared-border"] = f"shared-border over {self.core.windowed} layers"
         if not self.core.splits_first_layer:
-            notes["first-layer"] = "no first-layer (it is not a single convolution)"
+            notes["first-layer"] = "no first-layer (it is not a plain convolution)"
         if not self.core.windowed:
             notes["shared-border"] = "no shared-border (the images reach all of the maps)"
         self.description = "fast path: " + ", ".join(notes[name] for name in SWITCHES if name in self.switches)
@@ -202,11 +202,13 @@ class Network(nn.Module):
                 self.description = f"fast path: first-layer alone, {reason}"
 
     def _shared(self):
-        pattern = self.input_vr.pattern()
-        shared = self.core.shared(self.black + pattern)
-        if not self.core.splits_first_layer:
-            shared["pattern"] = pattern
-        return shared
+        # in float32 also under autocast: its gradient is a sum over all images, beyond the range of half precision
+        with torch.autocast(self.black.device.type, enabled=False):
+            pattern = self.input_vr.pattern()
+            shared = self.core.shared(self.black + pattern)
+            if not self.core.splits_first_layer:
+                shared["pattern"] = pattern
+            return shared
 
 
 def _probe(input_vr):

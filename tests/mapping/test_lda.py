@@ -209,8 +209,11 @@ def test_tuning_serves_samples_that_were_not_seen():
 def helpful_prior(logits, labels, num_target, share=0.7, scale=3.0):
     """A classifier that is right on about this share of the samples, by way of logits that are its own."""
     generator = torch.Generator().manual_seed(12)
-    said = torch.where(torch.rand(len(labels), generator=generator) < share, labels,
-                       torch.randint(num_target, labels.shape, generator=generator))
+    said = torch.where(
+        torch.rand(len(labels), generator=generator) < share,
+        labels,
+        torch.randint(num_target, labels.shape, generator=generator),
+    )
     hints = torch.nn.functional.one_hot(said, num_target).float()
     prior = torch.cat([torch.zeros(logits.shape[1], num_target), scale * torch.eye(num_target)])
     return torch.cat([logits, hints], 1), prior

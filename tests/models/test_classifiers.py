@@ -167,9 +167,13 @@ def test_missing_weights_name_the_file_and_the_flag(monkeypatch):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("name, repository", [
-    ("resnext101_32x8d", "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"), ("timm:resnet10t", "resnet10t.c3_in1k"),
-])
+@pytest.mark.parametrize(
+    "name, repository",
+    [
+        ("resnext101_32x8d", "resnext101_32x8d.fb_wsl_ig1b_ft_in1k"),
+        ("timm:resnet10t", "resnet10t.c3_in1k"),
+    ],
+)
 def test_missing_weights_of_the_hub_are_named_at_once(monkeypatch, capfd, name, repository):
     monkeypatch.setattr("models.classifiers.is_reachable", lambda url: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)

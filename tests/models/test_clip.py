@@ -258,8 +258,14 @@ def test_embedding_stops_between_batches_when_asked(tmp_path):
     model, tokenizer = tiny_model()
     counting = Counting(tokenizer)
     with pytest.raises(InterruptedError, match="stopped after 4 of 9 text embeddings"):
-        embed_texts(model.eval(), counting, PROMPTS.texts, cache_path=tmp_path, batch_size=4,
-                    should_stop=lambda: counting.seen >= 4)
+        embed_texts(
+            model.eval(),
+            counting,
+            PROMPTS.texts,
+            cache_path=tmp_path,
+            batch_size=4,
+            should_stop=lambda: counting.seen >= 4,
+        )
     assert counting.seen == 4 and not list(tmp_path.iterdir())
     with pytest.raises(InterruptedError):
         load_clip(TINY_BACKBONE, "none").classifier(PROMPTS, should_stop=lambda: True)

@@ -82,10 +82,19 @@ def start_group(count, script, results, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        start(script, results, *arguments, environment={
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        })
+        start(
+            script,
+            results,
+            *arguments,
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
         for rank in range(count)
     ]
 

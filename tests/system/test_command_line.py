@@ -43,9 +43,22 @@ def epochs_of(script, mapping):
 
 def smoke(script, mapping, reprogramming, results):
     return run(
-        script, "--dataset", "synthetic", "--mapping", mapping, "--reprogramming", reprogramming,
-        "--epochs", str(epochs_of(script, mapping)), "--batch-size", "16",
-        "--lr", LR[script], "--results-path", str(results), *BACKBONES[script],
+        script,
+        "--dataset",
+        "synthetic",
+        "--mapping",
+        mapping,
+        "--reprogramming",
+        reprogramming,
+        "--epochs",
+        str(epochs_of(script, mapping)),
+        "--batch-size",
+        "16",
+        "--lr",
+        LR[script],
+        "--results-path",
+        str(results),
+        *BACKBONES[script],
     )
 
 
@@ -79,7 +92,8 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     results, outcomes = smoke_runs
     outcome = outcomes[script, mapping, reprogramming]
     assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stderr == "", "no warning and no progress bar where the output is piped"
+    told = [line for line in outcome.stderr.splitlines() if "the mapping cannot tell some labels apart" not in line]
+    assert told == [], "no other warning and no progress bar where the output is piped"
     kind = script.removeprefix("train_").removesuffix(".py")
     folder = folder_of(script, mapping, reprogramming, results)
     config = json.loads((folder / "config.json").read_text())
@@ -198,10 +212,22 @@ def test_damaged_image_of_a_set_that_fits_nowhere(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("data.cache.available_memory", lambda: 100)
     monkeypatch.setattr("data.cache.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 99))
     with pytest.raises(SystemExit) as caught:
-        train_vm.main([
-            "--dataset", f"folder:{folder}", "--weights", "none", "--backbone", "timm:test_resnet",
-            "--canvas-size", "160", "--epochs", "1", "--results-path", str(tmp_path / "results"),
-        ])
+        train_vm.main(
+            [
+                "--dataset",
+                f"folder:{folder}",
+                "--weights",
+                "none",
+                "--backbone",
+                "timm:test_resnet",
+                "--canvas-size",
+                "160",
+                "--epochs",
+                "1",
+                "--results-path",
+                str(tmp_path / "results"),
+            ]
+        )
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert error.count("\n") == 1 and "test.lmdb, key b'1': not a readable image" in error
@@ -243,15 +269,31 @@ def test_help_names_every_flag(script):
 WIDTH = Setting("width", 3, "width of the brush in hairs", "in [1, 9]", lambda width: 1 <= width <= 9)
 
 
-@pytest.mark.parametrize("change, flag, given, refused, shown, in_name", [
-    ({}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 3)", True),
-    ({"name": "hairs"}, "--hairs", "7", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 3)", True),
-    ({"default": 5}, "--width", "3", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 5)", True),
-    ({"help": "hairs", "allowed": "below 20", "valid": lambda width: width < 20}, "--width", "10", "20",
-     "hairs (for blm), below 20 (default: 3)", True),
-    ({"affects": "rounding"}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9]", False),
-    ({"affects": "place"}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9]", False),
-])
+@pytest.mark.parametrize(
+    "change, flag, given, refused, shown, in_name",
+    [
+        ({}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 3)", True),
+        (
+            {"name": "hairs"},
+            "--hairs",
+            "7",
+            "10",
+            "width of the brush in hairs (for blm), in [1, 9] (default: 3)",
+            True,
+        ),
+        ({"default": 5}, "--width", "3", "10", "width of the brush in hairs (for blm), in [1, 9] (default: 5)", True),
+        (
+            {"help": "hairs", "allowed": "below 20", "valid": lambda width: width < 20},
+            "--width",
+            "10",
+            "20",
+            "hairs (for blm), below 20 (default: 3)",
+            True,
+        ),
+        ({"affects": "rounding"}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9]", False),
+        ({"affects": "place"}, "--width", "7", "10", "width of the brush in hairs (for blm), in [1, 9]", False),
+    ],
+)
 def test_a_setting_is_described_once(monkeypatch, change, flag, given, refused, shown, in_name):
     setting = replace(WIDTH, **change)
     method = MAPPINGS["blm"]

@@ -31,9 +31,14 @@ def together(count, script, results, *arguments):
     return lines, load_checkpoint(folder / "last.safetensors")
 
 
-@pytest.mark.parametrize("script, mapping, counts", [
-    ("train_vm", "blmpp", (2, 3)), ("train_vm_fast", "blm", (3,)), ("train_vlm", "linear", (2,)),
-])
+@pytest.mark.parametrize(
+    "script, mapping, counts",
+    [
+        ("train_vm", "blmpp", (2, 3)),
+        ("train_vm_fast", "blm", (3,)),
+        ("train_vlm", "linear", (2,)),
+    ],
+)
 def test_any_number_of_processes_gives_the_same(tmp_path, script, mapping, counts):
     lines, checkpoint = together(1, script, tmp_path / "1", "--mapping", mapping)
     for count in counts:
@@ -84,11 +89,14 @@ def test_processes_that_were_stopped_go_on_as_if_they_had_not_been(tmp_path):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--canvas-size", 16], "canvas 16x16"),  # each process finds out by itself
-    (["--dataset", "sun397", "--reprogramming", "watermarking"], "sun397"),  # the first one does, the others wait
-    (["--epochs", -1], "--epochs must be 0 or more"),  # before they have joined
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--canvas-size", 16], "canvas 16x16"),  # each process finds out by itself
+        (["--dataset", "sun397", "--reprogramming", "watermarking"], "sun397"),  # the first one does, the others wait
+        (["--epochs", -1], "--epochs must be 0 or more"),  # before they have joined
+    ],
+)
 def test_one_process_speaks_and_all_end(tmp_path, flags, words):
     first, second = start_group(2, "train_vm", tmp_path / "results", *SHORT, *flags)
     assert finish(first) == 2
@@ -110,8 +118,19 @@ def test_a_signal_to_one_process_stops_all(tmp_path):
 def test_a_process_that_dies_ends_the_others_and_is_named(tmp_path):
     results = tmp_path / "results"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--master-port=0", "--standalone",
-        str(ROOT / "train_vm.py"), "--dataset", "synthetic", "--epochs", "500", "--results-path", str(results),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=3",
+        "--master-port=0",
+        "--standalone",
+        str(ROOT / "train_vm.py"),
+        "--dataset",
+        "synthetic",
+        "--epochs",
+        "500",
+        "--results-path",
+        str(results),
         *PARTS["train_vm"],
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

@@ -1,4 +1,4 @@
-"""docs/guides.md and the four commands of the README, run as they stand on small images."""
+"""docs/guides.md and the four commands of the README, run as they stand on small images; the pages and their links."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 README, GUIDES = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/guides.md"))
 # less work than a reader wants
-CUTS = {"--epochs 20": "--epochs 2", "_epochs=20": "_epochs=2"}
+CUTS = {"digits": "synthetic"}
 
 
 def section(text, title):
@@ -61,7 +61,7 @@ def write_photos(folder):
 
 def test_your_own_data(project):
     write_photos(project / "photos")
-    checked, _, evaluated, predicted = run_commands(section(README, "Your own pictures"), project)
+    checked, _, evaluated, predicted = run_commands(section(README, "Your own images"), project)
     (path,) = (project / "results" / "vm" / "folder-photos").glob("*/result.json")
     accuracy = json.loads(path.read_text())["final_accuracy"]
     assert f"{accuracy:.2%}".rstrip("%") in evaluated or f"{accuracy:.1%}".rstrip("%") in evaluated
@@ -80,3 +80,19 @@ def test_your_own_part(project, title):
     result = json.loads(path.read_text())
     assert result["epochs"] == 2 and 0 <= result["final_accuracy"] <= 1
     assert "fast path" in output
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len(README.splitlines()) <= 150
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for path in re.findall(r"(?:tests|tools|docs)/[\w/.-]+\.(?:py|md|yaml|json|txt)", text):
+        assert (ROOT / path).exists(), path

@@ -23,12 +23,15 @@ def test_every_contract_holds():
     assert outcome.returncode == 0, outcome.stdout
 
 
-@pytest.mark.parametrize("file, line, broken", [
-    ("mapping/estimators.py", "import numpy", "mapping imports torch alone"),
-    ("data/loader.py", "from tools.console import Parser", "never the other way"),
-    ("tools/predict.py", "from tools.evaluate import measure", "not each other"),
-    ("tools/training/build.py", "from cfg import Config", "only the scripts and the sweep"),
-])
+@pytest.mark.parametrize(
+    "file, line, broken",
+    [
+        ("mapping/estimators.py", "import numpy", "mapping imports torch alone"),
+        ("data/loader.py", "from tools.console import Parser", "never the other way"),
+        ("tools/predict.py", "from tools.evaluate import measure", "not each other"),
+        ("tools/training/build.py", "from cfg import Config", "only the scripts and the sweep"),
+    ],
+)
 def test_a_wrong_import_breaks_its_contract(tmp_path, file, line, broken):
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))

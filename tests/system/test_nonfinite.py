@@ -19,6 +19,7 @@ COMMAND = ["--dataset", "synthetic", "--mapping", "blm", "--epochs", "4", "--bat
 @pytest.fixture
 def sabotage(monkeypatch):
     """``sabotage(when)``: logits become NaN in calls of the network for which ``when(number, with_gradient)``."""
+
     def install(when, effect=lambda logits: logits * float("nan")):
         counts = {True: 0, False: 0}
 
@@ -163,10 +164,13 @@ def test_memory_that_runs_out_halves_the_chunks(sabotage, alone, tmp_path, capsy
     assert halved["metrics"][0]["train_loss"] == pytest.approx(alone["metrics"][0]["train_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory."),
-    RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's way of saying so
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN's way of saying so
+    ],
+)
 def test_memory_that_holds_no_image(sabotage, tmp_path, capsys, error):
     def burst(logits):
         raise error

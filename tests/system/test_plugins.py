@@ -13,7 +13,7 @@ from tests.system.processes import finish, start_module
 from tools.training.finished import load_run
 from tools.training.run_folder import load_checkpoint, read_config
 
-MAPPING = '''
+MAPPING = """
 from mapping import MAPPINGS, MatrixMapping, Method, Setting, bayesian
 
 POWER = Setting("power", 2.0, "exponent of the weights", "above 0", lambda power: power > 0)
@@ -28,8 +28,8 @@ def build(num_source, num_target, *, seed, power):
 
 
 MAPPINGS["sharp"] = Method(build, (POWER,))
-'''
-INPUT_VR = '''
+"""
+INPUT_VR = """
 import torch
 from mapping import Setting
 from models import REPROGRAMMING, InputVR, Reprogramming
@@ -53,8 +53,8 @@ def build(*, canvas_size, image_size, border, mean, std, frame_width):
 
 
 REPROGRAMMING["frame"] = Reprogramming(build, images="resized", augment=True, settings=(WIDTH,))
-'''
-BACKBONE = '''
+"""
+BACKBONE = """
 from torch import nn
 from models import BACKBONES, Classifier
 
@@ -66,8 +66,8 @@ def small(name, weights):
 
 
 BACKBONES["small"] = small
-'''
-DATA_SET = '''
+"""
+DATA_SET = """
 import numpy as np
 from data import DATASETS, ArraySource, DatasetInfo
 
@@ -86,20 +86,36 @@ def open_stripes(name, data_path):
 
 
 DATASETS["stripes"] = DatasetInfo(train=24, test=16, classes=2, image_size=32, open=open_stripes)
-'''
+"""
 # file, flags that ask for it, what they must leave in config.json
 PARTS = {
     "mapping": (MAPPING, ["--mapping", "sharp", "--power", "3"], {"mapping": "sharp", "power": 3.0}),
     "input VR": (
-        INPUT_VR, ["--reprogramming", "frame", "--frame-width", "8"], {"reprogramming": "frame", "frame_width": 8}
+        INPUT_VR,
+        ["--reprogramming", "frame", "--frame-width", "8"],
+        {"reprogramming": "frame", "frame_width": 8},
     ),
     "backbone": (BACKBONE, ["--backbone", "small"], {"backbone": "small"}),
     "data set": (DATA_SET, ["--dataset", "stripes"], {"dataset": "stripes"}),
 }
-COMMON = ["--dataset", "synthetic", "--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64",
-          "--epochs", "3", "--batch-size", "16", "--device", "cpu"]
+COMMON = [
+    "--dataset",
+    "synthetic",
+    "--backbone",
+    "timm:test_resnet",
+    "--weights",
+    "none",
+    "--canvas-size",
+    "64",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+]
 # SIGTERM arrives right after the first epoch was kept, however fast the machine is
-STOP = '''
+STOP = """
 import os
 import signal
 from tools.training.session import Session
@@ -112,7 +128,7 @@ if "STOP_AFTER_AN_EPOCH" in os.environ:
         os.kill(os.getpid(), signal.SIGTERM)
 
     Session.end_epoch = end_epoch_and_stop
-'''
+"""
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -143,7 +159,8 @@ def test_a_part_of_ones_own_through_all_commands(tmp_path, part):
     assert f"{folder} was trained with --plugin {plugin}; give it again" in needed and needed.count("\n") == 1
     run("tools.evaluate", folder, "--plugin", plugin)
     assert read_json(folder / "evaluation.json")["accuracy"] == accuracy
-    predicted = json.loads(run("tools.predict", folder, tmp_path / "image.png", "--json", "--plugin", plugin))
+    printed = run("tools.predict", folder, tmp_path / "image.png", "--json", "--plugin", plugin)
+    predicted = json.loads(printed[printed.index("[\n") :])  # behind what was warned of
     assert len(predicted) == 1
     run("tools.export", folder, "--format", "torch", "--plugin", plugin)
     assert (folder / "model.pt2").stat().st_size > 0
@@ -159,13 +176,16 @@ def run_here(capsys, *flags):
     return caught.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, source, said", [
-    ("absent.py", None, "absent.py: no such file"),
-    ("mine.txt", "", "mine.txt: expected a Python file, with the suffix .py"),
-    ("raises.py", "raise RuntimeError('two\\nlines')", "raises.py failed: RuntimeError: two lines"),
-    ("syntax.py", "def", "syntax.py failed: SyntaxError: "),
-    ("leaves.py", "import absent_module_of_mine", "leaves.py failed: ModuleNotFoundError: "),
-])
+@pytest.mark.parametrize(
+    "name, source, said",
+    [
+        ("absent.py", None, "absent.py: no such file"),
+        ("mine.txt", "", "mine.txt: expected a Python file, with the suffix .py"),
+        ("raises.py", "raise RuntimeError('two\\nlines')", "raises.py failed: RuntimeError: two lines"),
+        ("syntax.py", "def", "syntax.py failed: SyntaxError: "),
+        ("leaves.py", "import absent_module_of_mine", "leaves.py failed: ModuleNotFoundError: "),
+    ],
+)
 def test_files_that_are_no_plugin(tmp_path, capsys, name, source, said):
     if source is not None:
         (tmp_path / name).write_text(source)

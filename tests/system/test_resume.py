@@ -64,9 +64,13 @@ def kill_and_restart(script, arguments, results, kills, seed):
     return moments
 
 
-@pytest.mark.parametrize("script, mapping, reprogramming", [
-    ("train_vm_fast", "blmpp", "watermarking"), ("train_vlm", "linear", "watermarking"),
-])
+@pytest.mark.parametrize(
+    "script, mapping, reprogramming",
+    [
+        ("train_vm_fast", "blmpp", "watermarking"),
+        ("train_vlm", "linear", "watermarking"),
+    ],
+)
 def test_killed_runs_end_as_runs_left_alone(tmp_path, script, mapping, reprogramming):
     arguments = [*SHORT, "--mapping", mapping, "--reprogramming", reprogramming]
     kill_and_restart(script, arguments, tmp_path, kills=3, seed=0)
@@ -157,7 +161,7 @@ def test_other_rounding_goes_on_with_a_warning(tmp_path):
     finish(process)
     assert run("train_vm", results, *arguments, "--engine", "plain") == 0
     log = log_of(results).read_text()
-    warning = "warning: engine was 'auto' and is 'plain': from here on the run rounds otherwise than it began"
+    warning = "warning: engine was 'auto' and is 'plain': from here on the run rounds otherwise than before"
     assert "going on after epoch" in log and warning in log.splitlines()
     folder = folder_of(results)
     assert warning in (folder / "log.txt").read_text().splitlines()  # what was printed is kept, warnings too
@@ -193,8 +197,21 @@ def test_a_data_folder_may_move_and_its_images_may_not_change(tmp_path):
 
 def test_zero_shot_is_measured_once_and_a_signal_ends_it(tmp_path, monkeypatch):
     """In this process, where calls can be counted and the signal comes at a known batch."""
-    command = ["--dataset", "synthetic", "--results-path", str(tmp_path), "--device", "cpu", "--mapping", "flm",
-               "--epochs", "2", "--batch-size", "16", *PARTS["train_vlm"]]
+    command = [
+        "--dataset",
+        "synthetic",
+        "--results-path",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--mapping",
+        "flm",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        *PARTS["train_vlm"],
+    ]
     measured, measure, logits = [], System.zero_shot_accuracy, ClipClassifier.zero_shot_logits
     monkeypatch.setattr(System, "zero_shot_accuracy", lambda *args: measured.append(1) or measure(*args))
 
@@ -247,8 +264,19 @@ def test_threads_and_cache_do_not_change_the_result(tmp_path):
     write_images(source)
     outcomes = []
     for results, workers in (("one", 1), ("three", 3), ("three", 2)):  # the last from the others' cache
-        arguments = ["--dataset", f"folder:{source}", "--reprogramming", "watermarking", "--workers", workers,
-                     "--epochs", 2, "--batch-size", 10, "--overwrite"]
+        arguments = [
+            "--dataset",
+            f"folder:{source}",
+            "--reprogramming",
+            "watermarking",
+            "--workers",
+            workers,
+            "--epochs",
+            2,
+            "--batch-size",
+            10,
+            "--overwrite",
+        ]
         assert run("train_vm", tmp_path / results, *arguments) == 0, log_of(tmp_path / results).read_text()
         outcomes.append(outcome(tmp_path / results))
     assert outcomes[0] == outcomes[1] == outcomes[2]

@@ -10,10 +10,24 @@ from tools import benchmark, benchmark_mapping
 
 
 def test_contenders_agree_and_every_row_adds_up(tmp_path, capsys):
-    benchmark.main([
-        "--case", "resnet18-32", "--train", "8", "--test", "4", "--batch-size", "4", "--epochs", "1", "--device", "cpu",
-        "--json", str(tmp_path / "figures.json"),
-    ])
+    benchmark.main(
+        [
+            "--case",
+            "resnet18-32",
+            "--train",
+            "8",
+            "--test",
+            "4",
+            "--batch-size",
+            "4",
+            "--epochs",
+            "1",
+            "--device",
+            "cpu",
+            "--json",
+            str(tmp_path / "figures.json"),
+        ]
+    )
     report = json.loads((tmp_path / "figures.json").read_text())
     (case,) = report["cases"]
     assert case["images"] == [8, 4] and max(case["agreement"].values()) <= 1e-4
@@ -49,16 +63,19 @@ def test_mapping_benchmark(capsys):
     assert float(ilm[2]) > 0 and float(blmpp[4]) >= 0
 
 
-@pytest.mark.parametrize("main, arguments, said", [
-    (benchmark.main, ["--case", "resnet"], "invalid choice: 'resnet'"),
-    (benchmark.main, ["--train", "0"], "--train must be 1 or more, got 0"),
-    (benchmark.main, ["--device", "gpu"], "allowed are cpu, cuda"),
-    (benchmark.main, ["--json", "/proc/version/figures.json"], "choose another --json"),
-    (benchmark_mapping.main, ["--device", "gpu"], "allowed are cpu, cuda"),
-    (benchmark_mapping.main, ["--samples", "0"], "--samples must be 1 or more, got 0"),
-    (benchmark_mapping.main, ["--mapping", "rlm"], "nothing to measure"),
-    (benchmark_mapping.main, ["--mapping", "bml"], "closest: blm"),
-])
+@pytest.mark.parametrize(
+    "main, arguments, said",
+    [
+        (benchmark.main, ["--case", "resnet"], "invalid choice: 'resnet'"),
+        (benchmark.main, ["--train", "0"], "--train must be 1 or more, got 0"),
+        (benchmark.main, ["--device", "gpu"], "allowed are cpu, cuda"),
+        (benchmark.main, ["--json", "/proc/version/figures.json"], "choose another --json"),
+        (benchmark_mapping.main, ["--device", "gpu"], "allowed are cpu, cuda"),
+        (benchmark_mapping.main, ["--samples", "0"], "--samples must be 1 or more, got 0"),
+        (benchmark_mapping.main, ["--mapping", "rlm"], "nothing to measure"),
+        (benchmark_mapping.main, ["--mapping", "bml"], "closest: blm"),
+    ],
+)
 def test_bad_input(main, arguments, said, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -83,9 +100,21 @@ def test_the_whole_but_for_each_part(monkeypatch):
     monkeypatch.setattr(benchmark, "Ours", Contender)
     monkeypatch.setattr(benchmark, "Plain", lambda folder, *rest: Contender((), *rest))
     monkeypatch.setattr(benchmark, "check_agreement", lambda *both: [each.epoch(0) for each in both] and {})
-    report = benchmark.measure(benchmark.parse([
-        "--case", "resnet18-32", "--switches", "--train", "2", "--test", "2", "--epochs", "1",
-    ]))
+    report = benchmark.measure(
+        benchmark.parse(
+            [
+                "--case",
+                "resnet18-32",
+                "--switches",
+                "--train",
+                "2",
+                "--test",
+                "2",
+                "--epochs",
+                "1",
+            ]
+        )
+    )
     names = [row["contender"] for row in report["cases"][0]["rows"]]
     dropped = [name.removeprefix("without ").split(" and ") for name in names[3:-2]]
     assert [parts[0] for parts in dropped] == list(SWITCHES) and names[-2:] == ["plain path", "torch.compile"]

@@ -13,13 +13,27 @@ from tools.console import no_traceback_when_stopped, user_errors
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--dataset", "synthetic", "--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64"]
-COMMANDS = ["benchmark", "benchmark_mapping", "check_data", "evaluate", "export", "predict", "prepare_data", "report",
-            "sweep", "visualize"]
+COMMANDS = [
+    "benchmark",
+    "benchmark_mapping",
+    "check_data",
+    "evaluate",
+    "export",
+    "predict",
+    "prepare_data",
+    "report",
+    "sweep",
+    "visualize",
+]
 
 
 def run(*command, **options):
     return subprocess.run(
-        [sys.executable, *command], stderr=subprocess.PIPE, text=True, cwd=ROOT, **options,
+        [sys.executable, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        **options,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells set to "ignore" in background
     )
 
@@ -74,9 +88,11 @@ def test_importing_the_tools_leaves_ctrl_c_alone():
 
 
 def test_ctrl_c_during_the_set_up_of_a_training_run(tmp_path):
-    code = ("import signal, sys, train_vm, tools.training.session as session\n"
-            "session.set_up_arithmetic = lambda *_: signal.raise_signal(signal.SIGINT)\n"
-            "train_vm.main(sys.argv[1:])")
+    code = (
+        "import signal, sys, train_vm, tools.training.session as session\n"
+        "session.set_up_arithmetic = lambda *_: signal.raise_signal(signal.SIGINT)\n"
+        "train_vm.main(sys.argv[1:])"
+    )
     outcome = run("-c", code, *TINY, "--results-path", str(tmp_path), stdout=subprocess.PIPE)
     assert outcome.returncode == 130 and outcome.stdout + outcome.stderr == "\n"
 
@@ -119,8 +135,16 @@ def test_error_of_the_system_is_told_in_words(capsys):
 
 
 def test_several_processes_without_torchrun(tmp_path):
-    outcome = run("train_vm.py", *TINY, "--results-path", str(tmp_path), stdout=subprocess.PIPE,
-                  env=os.environ | {"WORLD_SIZE": "2"})
+    outcome = run(
+        "train_vm.py",
+        *TINY,
+        "--results-path",
+        str(tmp_path),
+        stdout=subprocess.PIPE,
+        env=os.environ | {"WORLD_SIZE": "2"},
+    )
     assert outcome.returncode == 2 and outcome.stdout == ""
-    assert outcome.stderr == ("error: WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set; start several "
-                              "processes with torchrun --nproc-per-node=N, or unset WORLD_SIZE\n")
+    assert outcome.stderr == (
+        "error: WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set; start several "
+        "processes with torchrun --nproc-per-node=N, or unset WORLD_SIZE\n"
+    )

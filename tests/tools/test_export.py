@@ -23,7 +23,7 @@ def expected_logits(folder):
     system = run.system
     loader = BatchLoader(system.task.test, system.presets[1], 32, "cpu", shuffle=False, seed=0, purpose="test")
     (batch,) = loader.epoch(0)
-    (_, logits), = run.logits([batch.images])
+    ((_, logits),) = run.logits([batch.images])
     return batch.images.contiguous(), logits, 1e-4 * max(1.0, float(logits.abs().max()))
 
 
@@ -71,6 +71,22 @@ def test_torch(exported):
     check_description({key.removesuffix(".json"): text for key, text in texts.items()}, folder)
 
 
+@pytest.mark.parametrize("exported", ["vlm_run"], indirect=True)
+def test_a_clip_is_folded(exported):
+    """Its head is (T, D), on the image embedding: nothing of the S texts is left."""
+    folder, out = exported
+    run = load_run(folder, splits=())
+    state = torch.export.load(out / "model.pt2").module().state_dict()
+    num_source, width = run.system.classifier.net.text_embeddings.shape
+    assert state["head.weight"].shape == (8, width)
+    assert all(num_source not in tensor.shape for tensor in state.values())
+    images = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    ((source, _),) = run.logits([images])
+    unfolded = source @ run.system.mapping.weights
+    got = torch.export.load(out / "model.pt2").module()(images)
+    torch.testing.assert_close(got, unfolded, atol=1e-5 * max(1.0, float(unfolded.abs().max())), rtol=0)
+
+
 ELSEWHERE = """
 import sys, torch
 network, images = torch.export.load(sys.argv[1]).module(), torch.load(sys.argv[2])
@@ -96,15 +112,28 @@ def test_learned_mapping(linear_run, tmp_path):
     export.main([str(linear_run), "--format", "onnx", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     run = load_run(linear_run, splits=())
-    run.settings.precision = "fp32"
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    (source, logits), = run.logits([images])
+    ((source, logits),) = run.logits([images])
     mapping = run.system.mapping
     assert mapping.bias.abs().max() > 0.01
     torch.testing.assert_close(logits, (source @ mapping.matrix + mapping.bias).detach())
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(got, logits, atol=1e-4 * max(1.0, float(logits.abs().max())), rtol=0)
+
+
+def test_closed_form_mapping(tmp_path):
+    """lda: weights of both signs and a bias."""
+    folder = train("train_vm", tmp_path / "lda", "--mapping", "lda", "--epochs", "1")
+    export.main([str(folder), "--out", str(tmp_path)])
+    images, logits, tolerance = expected_logits(folder)
+    mapping = load_run(folder, splits=()).system.mapping
+    assert (mapping.weights < 0).any() and mapping.bias.abs().max() > 0.01
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(got, logits, atol=tolerance, rtol=0)
+    got = torch.export.load(tmp_path / "model.pt2").module()(images)
+    torch.testing.assert_close(got, logits, atol=tolerance, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +145,7 @@ def test_one_to_one_mapping(random_mapping_run, tmp_path):
     export.main([str(random_mapping_run), "--format", "onnx", "--out", str(tmp_path)])
     run = load_run(random_mapping_run, splits=())
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    (source, _), = run.logits([images])
+    ((source, _),) = run.logits([images])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(got, source[:, run.system.mapping.source_index], atol=1e-4, rtol=1e-5)

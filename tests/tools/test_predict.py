@@ -9,9 +9,15 @@ import torch
 from PIL import Image
 
 from data.sources import synthetic
+from tests.conftest import train
 from tools import predict
 from tools.evaluate import test_logits as logits_of_test_set
 from tools.training.finished import load_run
+
+
+@pytest.fixture(scope="module")
+def lda_run(tmp_path_factory):
+    return train("train_vm", tmp_path_factory.mktemp("lda"), "--mapping", "lda", "--epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def test_contributions_add_up(kind, request, photos, capsys):
     (p,) = printed_json(capsys, folder, photos / "0.png", "--top-k", "2000")
     run, why = load_run(folder, splits=()), p["why"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    (source, target), = run.logits([image / 255.0])
+    ((source, target),) = run.logits([image / 255.0])
     winner = p["predictions"][0]["label"]
     assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), abs=1e-4)
     assert why["pro"] + why["contra"] == pytest.approx(why["margin"], abs=1e-4) and abs(why["rest"]) < 1e-4
@@ -87,12 +93,31 @@ def test_learned_mapping_has_a_rest(linear_run, photos, capsys):
     (p,) = printed_json(capsys, linear_run, photos / "0.png")
     run, why, winner = load_run(linear_run, splits=()), p["why"], p["predictions"][0]["label"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    (source, _), = run.logits([image / 255.0])
+    ((source, _),) = run.logits([image / 255.0])
     weights, bias = run.system.mapping.weights, run.system.mapping.bias.detach()
     columns = weights.sum(0)
     rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * source.mean()
     assert why["rest"] == pytest.approx(float(rest), abs=1e-3) and abs(why["rest"]) > 1e-3
     assert why["pro"] + why["contra"] + why["rest"] == pytest.approx(why["margin"])
+
+
+def test_lda_explains_itself_with_its_bias(lda_run, photos, capsys):
+    """Also where a label was never seen, whose bias is beyond all logits: it takes no part in the mean."""
+    (p,) = printed_json(capsys, lda_run, photos / "0.png", "--top-k", "2000")
+    run, why, winner = load_run(lda_run, splits=()), p["why"], p["predictions"][0]["label"]
+    image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
+    ((source, target),) = run.logits([image / 255.0])
+    mapping = run.system.mapping
+    assert (mapping.weights < 0).any() and mapping.bias.abs().max() > 0
+    assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), rel=1e-4)
+    z, columns, bias = source[0].double(), mapping.weights.double().sum(0), mapping.bias.double()
+    rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * z.mean()
+    assert why["rest"] == pytest.approx(float(rest), abs=1e-3 * why["pro"])
+    assert why["pro"] + why["contra"] + why["rest"] == pytest.approx(why["margin"])
+    assert any(row["weight"] < 0 for row in why["sources"])
+    mapping._bias[(winner + 1) % 8] = -1e30
+    (again,), _ = predict.predict(run, [photos / "0.png"])
+    assert 0 < again["why"]["margin"] < 10 * abs(why["margin"]) + 100
 
 
 def test_csv_and_table_say_the_same(vm_run, photos, capsys):
@@ -108,7 +133,7 @@ def test_csv_and_table_say_the_same(vm_run, photos, capsys):
     assert table[0] == str(photos / "5.PNG")
     first, source = p["predictions"][0], p["why"]["sources"][0]
     assert table[1].split() == [*first["name"].split(), f"{first['probability']:.2%}"]
-    assert table[4].split()[-2:] == [f"{source['contribution']:+.3f}", f"{source['weight']:.4f}"]
+    assert table[4].split()[-2:] == [f"{source['contribution']:+.3f}", f"{source['weight']:+.4f}"]
     assert table[-1].startswith(f"margin {p['why']['margin']:+.3f}")
 
 
@@ -122,14 +147,45 @@ def test_any_size_and_mode(vm_run, tmp_path, capsys):
     )
 
 
-def test_bad_input(vm_run, photos, tmp_path, capsys):
-    (tmp_path / "none.jpg").write_text("not an image")
+def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
+    """One warning each; exit code 1, or 2 where no image is left."""
+    (tmp_path / "none\x1b[2J.jpg").write_text("not an image")
     whole = (photos / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    good = printed_json(capsys, vm_run, photos)
+    with pytest.raises(SystemExit) as caught:
+        predict.main([str(vm_run), str(tmp_path), str(photos), "--json"])
+    printed = capsys.readouterr()
+    left = json.loads(printed.out)
+    assert caught.value.code == 1 and [p["image"] for p in left] == [p["image"] for p in good]
+    for one, other in zip(left, good, strict=True):
+        assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-6)
+    one, other = printed.err.splitlines()
+    assert one.startswith("warning: left out: ") and "cut.png: not a readable image" in one
+    assert "not a readable image" in other and r"none\x1b[2J.jpg" in other
+    with pytest.raises(SystemExit) as caught:
+        predict.main([str(vm_run), str(tmp_path / "cut.png")])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+
+
+def test_escapes_in_names_are_shown():
+    why = {
+        "margin": 1.0,
+        "pro": 1.0,
+        "contra": 0.0,
+        "rest": 0.0,
+        "sources": [{"label": 0, "name": "s\x1b[2J", "contribution": 1.0, "weight": -0.5}],
+    }
+    table = predict.as_table(
+        [{"image": "i\x1b", "predictions": [{"label": 0, "name": "t\x1b", "probability": 1.0}], "why": why}]
+    )
+    assert "\x1b" not in table and all(text in table for text in (r"i\x1b", r"t\x1b", r"s\x1b[2J", "-0.5000"))
+
+
+def test_bad_input(vm_run, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for arguments, words in [
-        ([photos / "0.png", tmp_path / "none.jpg"], ["none.jpg", "not a readable image"]),
-        ([tmp_path / "cut.png"], ["cut.png", "not a readable image"]),
         ([tmp_path / "absent.png"], ["absent.png", "no such image"]),
         ([tmp_path / "empty"], ["holds no image file"]),
         ([photos, "--top-k", "0"], ["--top-k must be 1 or more, got 0"]),

@@ -18,7 +18,12 @@ from tools.report import __main__ as report
 from tools.training.finished import load_run
 
 FLOWERS = {  # label in the folder of photographs: what ImageNet has of the kind, if anything
-    7: {"cardoon", "sea urchin", "porcupine"}, 25: {"artichoke"}, 36: set(), 43: {"daisy"}, 66: set(), 80: set(),
+    7: {"cardoon", "sea urchin", "porcupine"},
+    25: {"artichoke"},
+    36: set(),
+    43: {"daisy"},
+    66: set(),
+    80: set(),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:flowers102 has")  # six of its classes
 needs_flowers = pytest.mark.skipif(not os.environ.get("BLM_REAL_DATA"), reason="needs BLM_REAL_DATA: real flowers")
@@ -37,8 +42,19 @@ def flowers_run(tmp_path_factory):
 
 
 def _train(folder, dataset, *more):
-    train_vm.main(["--dataset", dataset, "--backbone", "efficientnet_lite0", "--epochs", "2", "--results-path",
-                   str(folder / "results"), *more])
+    train_vm.main(
+        [
+            "--dataset",
+            dataset,
+            "--backbone",
+            "efficientnet_lite0",
+            "--epochs",
+            "2",
+            "--results-path",
+            str(folder / "results"),
+            *more,
+        ]
+    )
     return folder / "results" / "vm" / dataset / "efficientnet_lite0_padding_blmpp_seed0"
 
 
@@ -59,7 +75,7 @@ def outputs(run_folder):
     run = load_run(run_folder, splits=("test",))
     loader = BatchLoader(run.system.task.test, run.system.presets[1], 40, "cpu", shuffle=False, seed=0, purpose="test")
     batch = next(iter(loader.epoch(0)))
-    (source_logits, logits), = run.logits([batch.images])
+    ((source_logits, logits),) = run.logits([batch.images])
     return batch.images.contiguous(), batch.labels, source_logits, logits
 
 

@@ -1,33 +1,58 @@
 """tools.report through its command line: averages, grouping, tables, hostile names, and the page in a real browser."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
+from tools.report.page import _pattern_image
 from tools.training.checkpoint import write_checkpoint
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "dataset": "flowers102", "backbone": "resnet18", "reprogramming": "padding", "mapping": "ilm", "seed": 0,
-    "epochs": 2, "batch_size": 256, "lr": 0.01, "device": "cpu", "workers": 0, "results_path": "results",
+    "dataset": "flowers102",
+    "backbone": "resnet18",
+    "reprogramming": "padding",
+    "mapping": "ilm",
+    "seed": 0,
+    "epochs": 2,
+    "batch_size": 256,
+    "lr": 0.01,
+    "device": "cpu",
+    "workers": 0,
+    "results_path": "results",
 }
 START = {"time": "2026-01-01T00:00:00", "host": "here", "device": "CPU of 2 cores", "threads": 2, "command": "…"}
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"></script><script>document.title='taken'</script> & 'daisy'"
 NAMED = ("dataset", "backbone", "reprogramming", "mapping", "seed", "epochs")
 
 
-def make_run(results, final, *, kind="vm", seconds=30.0, classes=("rose", "oxeye daisy"), sources=None, data="1",
-             starts=(START,), done=None, top_labels=((1, 3, 0), (2, 1, 0)),
-             top_weights=((0.6, 0.25, 0), (0.5, 0.125, 0.0)), measured=None, **changes):
+def make_run(
+    results,
+    final,
+    *,
+    kind="vm",
+    seconds=30.0,
+    classes=("rose", "oxeye daisy"),
+    sources=None,
+    data="1",
+    starts=(START,),
+    done=None,
+    top_labels=((1, 3, 0), (2, 1, 0)),
+    top_weights=((0.6, 0.25, 0), (0.5, 0.125, 0.0)),
+    measured=None,
+    **changes,
+):
     """A run folder as a script leaves it; unfinished after ``done`` epochs. All changes but names are distinct."""
     settings = SETTINGS | changes
     folder = results / f"{kind}_{len(list(results.glob('*')))}"
@@ -35,16 +60,29 @@ def make_run(results, final, *, kind="vm", seconds=30.0, classes=("rose", "oxeye
     steps = {"estimate": seconds / 2, "train": seconds, "test": seconds / 2}
     count = settings["epochs"] if done is None else done
     metrics = [
-        {"epoch": e, "train_loss": 2.0 / (e + 1), "train_accuracy": 0.5,
-         "test_accuracy": max(final - 0.1 * (1 - e / max(count - 1, 1)), 0), "mapping_change": 0.25 / e if e else None,
-         "lr": 0.01, "seconds": steps}
+        {
+            "epoch": e,
+            "train_loss": 2.0 / (e + 1),
+            "train_accuracy": 0.5,
+            "test_accuracy": max(final - 0.1 * (1 - e / max(count - 1, 1)), 0),
+            "mapping_change": 0.25 / e if e else None,
+            "lr": 0.01,
+            "seconds": steps,
+        }
         for e in range(count)
     ]
     distinct = {key: value for key, value in changes.items() if key not in NAMED[:5]}
-    write_json(folder / "config.json", {
-        "format": 2, "kind": kind, "settings": settings, "distinct": distinct,
-        "content": {"training images": data, "test images": data}, "starts": list(starts),
-    })
+    write_json(
+        folder / "config.json",
+        {
+            "format": 2,
+            "kind": kind,
+            "settings": settings,
+            "distinct": distinct,
+            "content": {"training images": data, "test images": data},
+            "starts": list(starts),
+        },
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     if done is None:
         write_json(folder / "result.json", {"final_accuracy": final, "best_accuracy": min(final + 0.05, 1)})
@@ -53,11 +91,19 @@ def make_run(results, final, *, kind="vm", seconds=30.0, classes=("rose", "oxeye
         write_json(folder / "evaluation.json", {"epoch": count - 1, "classes": classes_measured})
     if count:
         top = {"labels": torch.tensor(top_labels), "weights": torch.tensor(top_weights)}
-        write_state(folder, {
-            "kind": kind, "settings": settings, "metrics": metrics, "mapping": {}, "program": torch.randn(3, 224, 224),
-            "class_names": list(classes), "source_names": list(sources or ("tench", "daisy", "sea urchin", "vase")),
-            "history": [{"epoch": count - 1, **top}],
-        })
+        write_state(
+            folder,
+            {
+                "kind": kind,
+                "settings": settings,
+                "metrics": metrics,
+                "mapping": {},
+                "program": torch.randn(3, 224, 224),
+                "class_names": list(classes),
+                "source_names": list(sources or ("tench", "daisy", "sea urchin", "vase")),
+                "history": [{"epoch": count - 1, **top}],
+            },
+        )
     return folder
 
 
@@ -93,12 +139,32 @@ def results(tmp_path):
 
 def test_markdown(results, capsys):
     head, rule, ours, published = rows(run(capsys, results, "--format", "markdown").out)
-    assert head == ["data set", "backbone", "input VR", "script", "ilm", "blm", "linear",
-                    "seeds", "epochs", "minutes per run"]
+    assert head == [
+        "data set",
+        "backbone",
+        "input VR",
+        "script",
+        "ilm",
+        "blm",
+        "linear",
+        "seeds",
+        "epochs",
+        "minutes per run",
+    ]
     assert set("".join(rule)) == {"-", ":"}
     # 25, 28, 31 %: mean 28, sample standard deviation 3; (15 + 30 + 15) s, twice, are 2 minutes
-    assert ours == ["flowers102", "resnet18", "padding", "train_vm", "28.0 ± 3.0", "40.0", "90.0",
-                    "1–3", "2", "2.0–4.0"]
+    assert ours == [
+        "flowers102",
+        "resnet18",
+        "padding",
+        "train_vm",
+        "28.0 ± 3.0",
+        "40.0",
+        "90.0",
+        "1–3",
+        "2",
+        "2.0–4.0",
+    ]
     assert published == ["flowers102", "resnet18", "padding", "published", "27.9 ± 0.7", "–", "–", *"–––"]
 
 
@@ -147,11 +213,17 @@ def test_latex(results, capsys, tmp_path):
     assert {line.count("&") - line.count(r"\&") for line in body.strip().splitlines()} == {9}
 
 
-@pytest.mark.parametrize("other, shown", [
-    ({"lr": 0.1}, "lr 0.1"), ({"epochs": 1}, "1"), ({"batch_size": 64}, "batch size 64"),
-    ({"mapping": "blm", "bayes": False}, "no bayes"), ({"a_new_setting": 7}, "a new setting 7"),
-    ({"weights": "/w.pth"}, "weights /w.pth"),
-])
+@pytest.mark.parametrize(
+    "other, shown",
+    [
+        ({"lr": 0.1}, "lr 0.1"),
+        ({"epochs": 1}, "1"),
+        ({"batch_size": 64}, "batch size 64"),
+        ({"mapping": "blm", "bayes": False}, "no bayes"),
+        ({"a_new_setting": 7}, "a new setting 7"),
+        ({"weights": "/w.pth"}, "weights /w.pth"),
+    ],
+)
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(results, capsys, other, shown):
     make_run(results, 0.7, seed=5, **other)
     lines = [line for line in rows(run(capsys, results, "--format", "markdown").out)[2:] if line[3] == "train_vm"]
@@ -192,8 +264,18 @@ def test_one_bad_run_never_stops_a_report_over_others(results, capsys):
     assert rows(outcome.out)[2][4] == "28.0 ± 3.0"
     warnings = outcome.err.splitlines()
     assert len(warnings) == 16 and all(line.startswith("warning: left out: ") for line in warnings)
-    for word in ("repeats", "an older version", "a newer version", "a known kind", "lacks dataset", "no config.json of",
-                 "test_accuracy is None", "-0.5", "nan", r"a\x1b]0;b\udcff", "got int"):
+    for word in (
+        "repeats",
+        "an older version",
+        "a newer version",
+        "a known kind",
+        "lacks dataset",
+        "test_accuracy is None",
+        "-0.5",
+        "nan",
+        r"a\x1b]0;b\udcff",
+        "got int",
+    ):
         assert sum(word in line for line in warnings) == 1, word
     assert "\x1b" not in outcome.err
     page = run(capsys, results, "--out", results / "page.html")
@@ -224,13 +306,19 @@ def test_bad_input(tmp_path, capsys):
 
 def test_damaged_checkpoints_cost_their_pattern_alone(tmp_path, capsys):
     folder, out = make_run(tmp_path / "runs", 0.5), tmp_path / "page.html"
-    whole = load_checkpoint(checkpoint_path(folder))
+    whole = copy.deepcopy(load_checkpoint(checkpoint_path(folder)))  # whose tensors may still lie in the file
     checkpoint_path(folder).write_bytes(b"none")
-    damages = [None, *(
-        {"history": [{"labels": torch.tensor([[9], [0]]), "weights": torch.ones(2, 1)}]}, {"history": [{}]},
-        {"history": [{"labels": torch.tensor([[1], [0]]), "weights": torch.full((2, 1), torch.nan)}]},
-        {"program": torch.zeros(3)}, {"program": torch.zeros(3, 4, 5)}, {"class_names": [1, 2]},
-    )]
+    damages = [
+        None,
+        *(
+            {"history": [{"labels": torch.tensor([[9], [0]]), "weights": torch.ones(2, 1)}]},
+            {"history": [{}]},
+            {"history": [{"labels": torch.tensor([[1], [0]]), "weights": torch.full((2, 1), torch.nan)}]},
+            {"program": torch.zeros(3)},
+            {"program": torch.zeros(3, 4, 5)},
+            {"class_names": [1, 2]},
+        ),
+    ]
     for damage in damages:
         if damage is not None:
             write_state(folder, whole | damage)
@@ -265,6 +353,22 @@ def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
     assert data["runs"][group["runs"][1]]["seed"] == 1
     assert data["runs"][0]["mapping"] == [[[1, 0.6], [3, 0.25]], [[2, 0.5], [1, 0.125]]]
     assert data["runs"][0]["curves"]["mapping_change"] == [None, 0.25]
+
+
+def test_pattern_of_a_plugin_is_shown_stretched(tmp_path, capsys):
+    """The report runs no plugin: the program alone, from its smallest to its largest value."""
+    make_run(tmp_path, 0.5)
+    make_run(tmp_path, 0.4, reprogramming="my_vr", dataset="my_data")
+    make_run(tmp_path, 0.3, reprogramming="watermarking")
+    run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    data = page_data(tmp_path / "page.html")
+    captions = {g["reprogramming"]: data["runs"][g["runs"][0]]["caption"] for g in data["groups"]}
+    assert captions["padding"].startswith("sigmoid(θ) around the place of the image, contrast ×")
+    assert captions["my_vr"].startswith("θ alone: black -")
+    assert captions["watermarking"].startswith("added to the normalised image")
+    program = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]).expand(3, 2, 2)
+    image, _ = _pattern_image(SimpleNamespace(settings={"reprogramming": "my_vr"}), program)
+    assert image[..., 0].tolist() == [[0, 64], [128, 255]] and image.dtype == torch.uint8
 
 
 def test_page_shows_how_far_unfinished_runs_are(results, capsys):
@@ -309,17 +413,29 @@ def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
 def test_daisies_draw_on_daisy(capsys, tmp_path):
     import train_vm
 
-    train_vm.main([
-        "--dataset", "flowers102", "--data-path", os.environ["BLM_REAL_DATA"], "--backbone", "efficientnet_lite0",
-        "--epochs", "1", "--batch-size", "64", "--train-fraction", "0.5", "--results-path", str(tmp_path),
-    ])
+    train_vm.main(
+        [
+            "--dataset",
+            "flowers102",
+            "--data-path",
+            os.environ["BLM_REAL_DATA"],
+            "--backbone",
+            "efficientnet_lite0",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "64",
+            "--train-fraction",
+            "0.5",
+            "--results-path",
+            str(tmp_path),
+        ]
+    )
     run(capsys, tmp_path, "--out", tmp_path / "page.html")
     data = page_data(tmp_path / "page.html")
     (details,) = data["runs"]
     classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
-    drawn_on = {
-        name: [sources[s] for s, _ in pairs] for name, pairs in zip(classes, details["mapping"], strict=True)
-    }
+    drawn_on = {name: [sources[s] for s, _ in pairs] for name, pairs in zip(classes, details["mapping"], strict=True)}
     assert drawn_on["oxeye daisy"][0] == "daisy" and "daisy" in drawn_on["barbeton daisy"]
     assert {"sea urchin", "cardoon", "porcupine"} & set(drawn_on["globe thistle"])
 
@@ -335,9 +451,18 @@ def browser(tmp_path_factory):
         pytest.skip("needs chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
-                 "disable-sync", "disable-component-update", "disable-dev-shm-usage", "window-size=1350,2000",
-                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "no-first-run",
+        "disable-sync",
+        "disable-component-update",
+        "disable-dev-shm-usage",
+        "window-size=1350,2000",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(driver)
@@ -349,8 +474,15 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser, results, capsys):
     make_run(results, 0.5, mapping="rlm", dataset="dtd", batch_size=64)
-    make_run(results, 0.9, mapping="blm", dataset=f"folder:/{HOSTILE}", reprogramming="watermarking",
-             classes=(HOSTILE, "oxeye daisy"), sources=("tench", HOSTILE, "sea urchin", "vase"))
+    make_run(
+        results,
+        0.9,
+        mapping="blm",
+        dataset=f"folder:/{HOSTILE}",
+        reprogramming="watermarking",
+        classes=(HOSTILE, "oxeye daisy"),
+        sources=("tench", HOSTILE, "sea urchin", "vase"),
+    )
     run(capsys, results, "--out", results / "page.html")
     browser.get((results / "page.html").as_uri())
     return Page(browser)
@@ -368,8 +500,10 @@ class Page:
         return found
 
     def table(self, selector):
-        script = "return [...document.querySelector(arguments[0]).tBodies[0].rows].map(" \
-                 "row => [...row.querySelectorAll('td:not(.break)')].map(cell => cell.innerText.trim()))"
+        script = (
+            "return [...document.querySelector(arguments[0]).tBodies[0].rows].map("
+            "row => [...row.querySelectorAll('td:not(.break)')].map(cell => cell.innerText.trim()))"
+        )
         return self.browser.execute_script(script, selector)
 
     def column(self, name):
@@ -494,11 +628,15 @@ def test_comparison_of_curves_and_classes(browser, results, capsys):
     page.type("#filter", "dtd")
     assert page.keys_of("#together .chart") == [["blmpp", "flm"]] * 2
     # 0.6, 0.7 at the start and 0.7, 0.8 at the end of blmpp, 0.5 and 0.6 of flm, on an axis from 50 to 75 %
-    ends = [[float(point.split(",")[1]) for point in line.get_attribute("points").split()]
-            for line in page.all("#together .chart:first-child polyline")]
+    ends = [
+        [float(point.split(",")[1]) for point in line.get_attribute("points").split()]
+        for line in page.all("#together .chart:first-child polyline")
+    ]
     assert (ends[1][0] - ends[0][0]) == pytest.approx(1.5 * (ends[1][0] - ends[1][1])) and ends[0][0] > ends[0][1]
-    assert page.table("#differences") == [["oxeye daisy", "100.0", "25.0", "+75.0", ""],
-                                          ["rose", "37.5", "50.0", "−12.5", ""]]
+    assert page.table("#differences") == [
+        ["oxeye daisy", "100.0", "25.0", "+75.0", ""],
+        ["rose", "37.5", "50.0", "−12.5", ""],
+    ]
     bars = page.all("#differences i")
     styles = [bar.get_attribute("style") for bar in bars]
     assert styles == ["width: 50%; left: 50%;", "width: 8.33333%; left: 41.6667%;"]
@@ -530,11 +668,17 @@ def test_explorer_bars_are_scaled_by_label_and_signed(browser, tmp_path, capsys)
     run(capsys, tmp_path, "--out", tmp_path / "page.html")
     browser.get((tmp_path / "page.html").as_uri())
     page = Page(browser)
-    assert page.table("#explorer") == [["rose", "0.020\ndaisy\n−0.010\nvase"],
-                                       ["oxeye daisy", "5.0\nsea urchin\n−5.0\ndaisy"]]
+    assert page.table("#explorer") == [
+        ["rose", "0.020\ndaisy\n−0.010\nvase"],
+        ["oxeye daisy", "5.0\nsea urchin\n−5.0\ndaisy"],
+    ]
     bars = [(bar.get_attribute("class"), bar.get_attribute("style")) for bar in page.all("#explorer i")]
-    assert bars == [("", "width: 50%; left: 50%;"), ("minus", "width: 25%; left: 25%;"),
-                    ("", "width: 50%; left: 50%;"), ("minus", "width: 50%; left: 0%;")]
+    assert bars == [
+        ("", "width: 50%; left: 50%;"),
+        ("minus", "width: 25%; left: 25%;"),
+        ("", "width: 50%; left: 50%;"),
+        ("minus", "width: 50%; left: 0%;"),
+    ]
     assert "speak against" in page.one("#reading").text
 
 
@@ -563,8 +707,10 @@ def test_dark_mode(page):
 
 def test_explorer_searches_both_ways(page):
     page.type("#filter", "ilm")
-    assert page.table("#explorer") == [["rose", "0.60\ndaisy\n0.25\nvase"],
-                                       ["oxeye daisy", "0.50\nsea urchin\n0.13\ndaisy"]]
+    assert page.table("#explorer") == [
+        ["rose", "0.60\ndaisy\n0.25\nvase"],
+        ["oxeye daisy", "0.50\nsea urchin\n0.13\ndaisy"],
+    ]
     page.type("#search", "DAISY")
     assert [row[0] for row in page.table("#explorer")] == ["oxeye daisy"]
     page.one("#backward").click()

@@ -22,8 +22,18 @@ from tools.sweep import __main__ as sweep
 from tools.sweep import cells, display, jobs, runner, slurm
 
 GRIDS = sorted((Path(__file__).parents[2] / "tools" / "sweep" / "grids").glob("*.yaml"))
-SMALL = ["--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64",
-         "--epochs", "2", "--batch-size", "32"]
+SMALL = [
+    "--backbone",
+    "timm:test_resnet",
+    "--weights",
+    "none",
+    "--canvas-size",
+    "64",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "32",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +61,17 @@ def grid_file(text, path="grid.yaml"):
 @pytest.mark.parametrize("path", GRIDS, ids=[path.stem for path in GRIDS])
 def test_shipped_grids(path):
     planned = cells.expand(cells.read_grid(path))  # makes the config of every cell, and so checks its values
-    expected = {"main_padding": 360, "main_watermarking": 360, "clip": 180, "training_size": 60, "laplace": 120,
-                "topk_ratio": 60, "ablations": 84, "linear": 108, "training_cost": 12}
+    expected = {
+        "main_padding": 360,
+        "main_watermarking": 360,
+        "clip": 180,
+        "training_size": 60,
+        "laplace": 120,
+        "topk_ratio": 60,
+        "ablations": 84,
+        "linear": 108,
+        "training_cost": 12,
+    }
     assert len(planned) == expected[path.stem]
     assert len({cell.folder for cell in planned}) == len({cell.log for cell in planned}) == len(planned)
     batch_sizes = {cell.cfg.batch_size for cell in planned if cell.cfg.dataset in ("dtd", "oxfordpets")}
@@ -66,33 +85,49 @@ def test_there_is_a_grid_for_every_table():
 
 
 def test_runs_are_told_apart_by_their_folders():
-    planned = cells.expand(cells.normalise({
-        "dataset": "cifar100", "train-fraction": [0.4, 1.0], "mapping": ["blm", "blmp"], "results-path": "r",
-        "variants": [{}, {"bayes": False, "seed": 7}, {"mapping": "blmpp"}],
-    }))
+    planned = cells.expand(
+        cells.normalise(
+            {
+                "dataset": "cifar100",
+                "train-fraction": [0.4, 1.0],
+                "mapping": ["blm", "blmp"],
+                "results-path": "r",
+                "variants": [{}, {"bayes": False, "seed": 7}, {"mapping": "blmpp"}],
+            }
+        )
+    )
     assert [cell.name for cell in planned] == [
         f"vm/cifar100/resnet18_padding_{mapping}_seed{seed}{fraction}{bayes}"
         for seed, bayes in ((0, ""), (7, "_bayes=false"))
-        for fraction in ("_train_fraction=0.4", "") for mapping in ("blm", "blmpp")
+        for fraction in ("_train_fraction=0.4", "")
+        for mapping in ("blm", "blmpp")
     ]
     first, last = planned[0], planned[-1]
-    assert first.arguments == ("--dataset", "cifar100", "--train-fraction", "0.4", "--mapping", "blm",
-                               "--results-path", "r")
+    assert first.arguments == (
+        "--dataset",
+        "cifar100",
+        "--train-fraction",
+        "0.4",
+        "--mapping",
+        "blm",
+        "--results-path",
+        "r",
+    )
     assert first.folder == Path("r/vm/cifar100/resnet18_padding_blm_seed0_train_fraction=0.4")
     assert first.log == Path("r/logs/vm/cifar100/resnet18_padding_blm_seed0_train_fraction=0.4.log")
     assert "--no-bayes" in last.arguments and last.cfg.bayes is False and last.cfg.mapping == "blmpp"
 
 
 def test_flags_win_over_the_file(capsys):
-    path = grid_file("script: [train_vm.py, train_vm_fast.py]\ndataset: [dtd, eurosat]\nvariants:\n"
-                     "  - {mapping: [blm, blmpp], seed: 1}\n  - mapping: rlm\n")
+    path = grid_file(
+        "script: [train_vm.py, train_vm_fast.py]\ndataset: [dtd, eurosat]\nvariants:\n"
+        "  - {mapping: [blm, blmpp], seed: 1}\n  - mapping: rlm\n"
+    )
     assert sweep.main([path, "--mapping", "ilm", "--dataset", "digits,dtd", "--iteration", "false", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[-1].startswith("8 runs: 8 waiting")
     script = cells.ROOT / "train_vm_fast.py"
-    assert lines[3] == (
-        f"waiting  python {script} --dataset dtd --mapping ilm --no-iteration --seed 1"
-    )
+    assert lines[3] == (f"waiting  python {script} --dataset dtd --mapping ilm --no-iteration --seed 1")
     assert not Path("results").exists()
 
 
@@ -232,6 +267,7 @@ def wait_until(condition):
 
 def signal_after(*pairs):
     """Send signals to this process, as Ctrl-C at a terminal would, each once its condition holds."""
+
     def send():
         for condition, signum in pairs:
             wait_until(condition)
@@ -273,7 +309,10 @@ def test_two_ctrl_c_at_once_kill(monkeypatch):
     """However long the sweep was busy with something else in between."""
     killed = []
     stand_in = SimpleNamespace(
-        remote=False, room=lambda: 1, start=lambda cells: None, stop=lambda cells, kill: killed.append(kill),
+        remote=False,
+        room=lambda: 1,
+        start=lambda cells: None,
+        stop=lambda cells, kill: killed.append(kill),
         exit_code=lambda cell: -9 if killed else None,
     )
     monkeypatch.setattr(jobs, "_begin_log", lambda job: None)
@@ -482,7 +521,8 @@ def test_jobs_of_submitit(tmp_path):
     pytest.importorskip("submitit")
     submitted = slurm.SlurmRunner({"cluster": "local", "timeout_min": 600}, tmp_path / "slurm", 2)
     good, bad, broken = planned = [
-        command_cell(tmp_path, "good", "print('hello')"), command_cell(tmp_path, "bad", "raise SystemExit(3)"),
+        command_cell(tmp_path, "good", "print('hello')"),
+        command_cell(tmp_path, "bad", "raise SystemExit(3)"),
         SimpleNamespace(name="broken", command=["/absent"], log=tmp_path / "broken.log"),
     ]
     submitted.start(planned)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,17 @@ import torch
 from PIL import Image
 
 import train_vm
-from tests.conftest import BACKBONES, SHARED
-from tools import visualize
-from tools.training.pattern_image import pattern_picture
+from tests.conftest import BACKBONES, SHARED, train
+from tools import evaluate, visualize
+from tools.training.finished import load_run
 from tools.training.run_folder import load_checkpoint
 from tools.visualize import block_order, same_class_neighbours, spread
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ("pattern", "labels", "mapping", "curves", "evolution", "outputs")
+
+
+MEASURED = ("confusion", "classes", "reliability")
 
 
 @pytest.fixture(scope="module", params=["vm_run", "vlm_run"])
@@ -38,7 +42,7 @@ def drawn(request, tmp_path_factory):
     return run, checkpoint, out, numbers
 
 
-def test_every_figure_is_a_pdf_and_a_picture_with_ink(drawn):
+def test_every_figure_is_a_pdf_and_an_image_with_ink(drawn):
     *_, out, numbers = drawn
     assert set(numbers) == set(FIGURES)
     files = {f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")}
@@ -47,6 +51,144 @@ def test_every_figure_is_a_pdf_and_a_picture_with_ink(drawn):
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         grey = np.asarray(Image.open(out / f"{name}.png").convert("L"))
         assert grey.shape[1] > 1000 and grey.min() < 60 and np.median(grey) > 100
+
+
+def test_pattern_has_its_caption(drawn):
+    """The stretch is said; the VR that draws itself is the run's."""
+    run, checkpoint, _, numbers = drawn
+    image, caption = load_run(run, splits=()).system.input_vr.as_image()
+    assert numbers["pattern"]["caption"] == caption and "contrast ×" in caption and image.shape[2] == 3
+
+
+def test_what_evaluate_measured_is_drawn_once_it_did(vm_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(vm_run, folder)
+    visualize.main([str(folder), "--device", "cpu"])
+    warned = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in warned] == list(MEASURED)
+    assert all("not measured yet; python -m tools.evaluate" in line for line in warned)
+    assert not any((folder / "figures" / f"{name}.png").exists() for name in MEASURED)
+    evaluate.main([str(folder), "--device", "cpu"])
+    visualize.main([str(folder), "--device", "cpu"])
+    assert capsys.readouterr().err == ""
+    numbers = json.loads((folder / "figures" / "figures.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert numbers["classes"] == {c["name"]: c["accuracy"] for c in evaluation["classes"]}
+    assert numbers["reliability"] == {"ece": evaluation["ece"], "bins": evaluation["calibration"]}
+    shares = np.array(numbers["confusion"]["shares"])  # four test images of each class
+    assert np.allclose(shares.sum(1), 1) and np.trace(shares) / 8 == pytest.approx(evaluation["accuracy"])
+    assert all((folder / "figures" / f"{name}.{kind}").exists() for name in MEASURED for kind in ("png", "pdf"))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | {"epoch": 0}))
+    visualize.main([str(folder), "--device", "cpu"])
+    assert capsys.readouterr().err.count("is of another state of the run") == 3
+    (folder / "confusion.csv").write_text("x\n")
+    (folder / "evaluation.json").write_text("[")
+    visualize.main([str(folder), "--device", "cpu"])
+    assert capsys.readouterr().err.count("is damaged") == 3
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """One epoch of lda on a data set of three test images, one class without any, drawn."""
+    root = tmp_path_factory.mktemp("few")
+    for split, counts in (("train", (4, 4, 4)), ("test", (2, 1, 0))):
+        for t, count in enumerate(counts):
+            folder = root / "data" / split / "abc"[t]
+            for i in range(count):
+                folder.mkdir(parents=True, exist_ok=True)
+                noise = np.random.default_rng(10 * t + i).integers(0, 60, (40, 40, 3), np.uint8)
+                Image.fromarray(noise + np.uint8(60 * t)).save(folder / f"{i}.png")
+    run = train(
+        "train_vm",
+        root,
+        "--dataset",
+        f"folder:{root / 'data'}",
+        "--epochs",
+        "1",
+        "--mapping",
+        "lda",
+        "--canvas-size",
+        "160",
+    )
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*has no images of")
+def test_few_images_and_one_epoch(few, tmp_path, capsys):
+    evaluate.main([str(few), "--device", "cpu", "--out", str(tmp_path / "elsewhere")])
+    capsys.readouterr()
+    visualize.main([str(few), "--device", "cpu", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert "outputs is left out: t-SNE needs at least 4 test images" in printed.err and "there are 3" in printed.err
+    assert [Path(line.split(".pdf")[0]).name for line in printed.out.splitlines()] == [
+        "pattern",
+        "labels",
+        "mapping",
+        "curves",
+        "evolution",
+    ]
+    numbers = json.loads((tmp_path / "figures.json").read_text())
+    assert [entry["label"] for entry in numbers["pattern"]["images"]] == ["a", "b"]
+    weights = load_run(few, splits=()).system.mapping.weights
+    assert (weights < 0).any()
+    for t, entries in enumerate(numbers["labels"].values()):  # the largest of either sign
+        largest = weights[:, t].abs().sort(descending=True).values[:8].tolist()
+        assert [abs(entry["weight"]) for entry in entries] == largest
+        assert all(weights[entry["label"], t] == entry["weight"] for entry in entries)
+    assert numbers["curves"]["mapping_change"] == [None]
+
+
+def test_axes_of_curves():
+    """One epoch has one tick and room on both sides; all panels span the same epochs; marks are whole at the edge."""
+    metrics = [
+        {
+            "epoch": e,
+            "train_loss": 2.0,
+            "train_accuracy": 0.5,
+            "test_accuracy": 1.0,
+            "mapping_change": 0.5 if e else None,
+        }
+        for e in range(3)
+    ]
+    for count, limits, ticks in ((1, (0.5, 1.5), [1]), (2, (0.5, 2.5), [1, 2]), (3, (0.96, 3.04), [1, 2, 3])):
+        drawing = object.__new__(visualize.Drawing)
+        drawing.metrics = metrics[:count]
+        figure, _ = drawing.curves()
+        for axis in figure.axes:
+            assert axis.get_xlim() == pytest.approx(limits) and axis.get_xticks().tolist() == ticks
+            assert all(not line.get_clip_on() for line in axis.lines)
+        assert figure.axes[1].get_ylim() == pytest.approx((0, 108))
+        texts = [text.get_text() for text in figure.axes[2].texts]
+        assert texts == (["there is none before\nthe second epoch"] if count == 1 else [])
+        assert len(figure.axes[2].get_yticks()) == 0 if count == 1 else figure.axes[2].get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("count, every", [(2, 1), (89, 1), (397, 3)])
+def test_labels_of_the_heat_map_can_be_read(count, every):
+    drawing = object.__new__(visualize.Drawing)
+    drawing.class_names = [f"a name of a class {t}" for t in range(count)]
+    columns = list(range(count))
+    figure, axis, _, named = drawing._heat_map(np.eye(count), columns, columns, drawing.class_names)
+    assert named == every and axis.get_xticks().tolist() == columns[::every]
+    sizes = [label.get_fontsize() for label in [*axis.get_xticklabels(), *axis.get_yticklabels()]]
+    assert 5.5 <= min(sizes) and max(sizes) <= 7
+
+
+def test_weights_beyond_the_kept_ones_are_drawn_as_bounds():
+    """Label 7 is among the kept two in epochs 0 and 2 only: in epoch 1 it weighs at most 0.3, the lesser of those."""
+    drawing = object.__new__(visualize.Drawing)
+    drawing.class_names, drawing.source_names, drawing.chosen = ["rose"], [f"s{i}" for i in range(9)], [0]
+    kept = [((7, 1), (0.6, 0.4)), ((1, 2), (0.5, 0.3)), ((7, 1), (0.7, 0.2))]
+    history = [
+        {"epoch": e, "labels": torch.tensor([labels]), "weights": torch.tensor([weights], dtype=torch.float64)}
+        for e, (labels, weights) in enumerate(kept)
+    ]
+    drawing.run = SimpleNamespace(checkpoint={"history": history})
+    figure, numbers = drawing.evolution()
+    assert numbers["weights"]["rose"][0]["weights"] == [0.6, None, 0.7]
+    dotted, line, *_ = figure.axes[0].lines
+    assert dotted.get_ydata().tolist() == [0.6, 0.3, 0.7] and np.isnan(line.get_ydata()[1])
+    assert "not among the 2 heaviest" in figure._supxlabel.get_text()
 
 
 def test_labels_show_the_heaviest_entries_of_their_columns(drawn):
@@ -116,8 +258,10 @@ def test_bad_input(vm_run, tmp_path, capsys):
     cut_off.mkdir()
     shutil.copy(vm_run / "config.json", cut_off)
     for arguments, said in (
-        ([str(vm_run), "--label", "no such"], "the task has no such label"), ([str(tmp_path)], "holds no run"),
-        ([str(cut_off)], "before the end of its first epoch"), ([str(vm_run), "--lable", "x"], "did you mean --label"),
+        ([str(vm_run), "--label", "no such"], "the task has no such label"),
+        ([str(tmp_path)], "holds no run"),
+        ([str(cut_off)], "before the end of its first epoch"),
+        ([str(vm_run), "--lable", "x"], "did you mean --label"),
     ):
         with pytest.raises(SystemExit) as stop:
             visualize.main([*arguments, "--out", str(tmp_path / "out")])
@@ -152,17 +296,3 @@ def test_neighbours_and_spread():
     assert same_class_neighbours(outputs, torch.tensor([0, 0, 1, 1, 0])) == pytest.approx(3 / 5)
     assert spread(6, 8) == [0, 2, 3, 4, 6, 7]
     assert spread(6, 4) == [0, 1, 2, 3] and spread(2, 100) == [25, 75]
-
-
-def test_pattern_picture():
-    padding = {"reprogramming": "padding", "dataset": "digits"}
-    program = torch.zeros(3, 36, 36)
-    program[0, 0, 0], program[2, 35, 35] = 1e3, -1e3
-    picture, _ = pattern_picture(padding, program)
-    assert picture[0, 0].tolist() == [255, 128, 128] and picture[35, 35].tolist() == [128, 128, 0]
-    assert picture[2:34, 2:34].max() == 0, "the place of the image"
-    program = torch.zeros(3, 4, 4)
-    program[0, 0, 0], program[1, 0, 0], program[:, 0, 1] = 2.0, -2.0, 1.0
-    picture, caption = pattern_picture(padding | {"reprogramming": "watermarking"}, program)
-    assert picture[0, 0].tolist() == [255, 0, 128] and picture[0, 1].tolist() == [191] * 3 and "+2" in caption
-    assert (pattern_picture({"reprogramming": "watermarking"}, torch.zeros(3, 4, 4))[0] == 128).all()

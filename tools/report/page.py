@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from data import image_size
+from data.files import printable
 from models import REPROGRAMMING, build_input_vr
-from tools.console import printable
-from tools.report.runs import CURVES, best_mappings, data_notes, published, published_tables, warn
+from tools.console import warn
+from tools.report.runs import CURVES, best_mappings, data_notes, published, published_tables
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
 
@@ -23,11 +24,18 @@ def as_html(rows, unfinished):
     for row, cells in rows.items():
         best = best_mappings(cells)
         for mapping, cell in cells.items():
-            groups.append(_group(row, mapping, len(runs), len(cell.runs)) | {
-                "accuracy": cell.mean, "std": cell.std, "best": cell.best_on_test, "minutes": cell.minutes,
-                "published": published(row, mapping), "wins": mapping in best,
-                "note": "; ".join(filter(None, (of_data.get(row), cell.note))),
-            })
+            groups.append(
+                _group(row, mapping, len(runs), len(cell.runs))
+                | {
+                    "accuracy": cell.mean,
+                    "std": cell.std,
+                    "best": cell.best_on_test,
+                    "minutes": cell.minutes,
+                    "published": published(row, mapping),
+                    "wins": mapping in best,
+                    "note": "; ".join(filter(None, (of_data.get(row), cell.note))),
+                }
+            )
             runs += [_details(run, name_lists) for run in cell.runs]
     for run in unfinished:
         groups.append(_group(run.row, run.mapping, len(runs), 1) | {"progress": _progress(run)})
@@ -41,9 +49,16 @@ def as_html(rows, unfinished):
 
 def _group(row, mapping, first, count):
     return {
-        "row": "|".join(map(str, row)), "dataset": row.dataset, "backbone": row.backbone,
-        "reprogramming": row.reprogramming, "mapping": mapping, "script": row.script, "settings": row.settings,
-        "epochs": row.epochs, "seeds": count, "runs": list(range(first, first + count)),
+        "row": "|".join(map(str, row)),
+        "dataset": row.dataset,
+        "backbone": row.backbone,
+        "reprogramming": row.reprogramming,
+        "mapping": mapping,
+        "script": row.script,
+        "settings": row.settings,
+        "epochs": row.epochs,
+        "seeds": count,
+        "runs": list(range(first, first + count)),
     }
 
 
@@ -70,12 +85,17 @@ def _details(run, name_lists):
             details["caption"] = "The checkpoint could not be read."
     accuracies = run.class_accuracies
     return details | {
-        "folder": printable(str(run.folder)), "seed": run.seed, "minutes": run.minutes,
+        "folder": printable(str(run.folder)),
+        "seed": run.seed,
+        "minutes": run.minutes,
         "result": None if run.result is None else [100 * value for value in run.result],
         "machines": sorted(f"{device}, {threads} threads" for device, threads in run.machines),
         "curves": {key: [_short(line.get(key)) for line in run.metrics] for key in CURVES},
-        "measured": None if accuracies is None else {
-            "names": _shared(accuracies, name_lists), "accuracies": [_short(value) for value in accuracies.values()],
+        "measured": None
+        if accuracies is None
+        else {
+            "names": _shared(accuracies, name_lists),
+            "accuracies": [_short(value) for value in accuracies.values()],
         },
     }
 
@@ -90,7 +110,9 @@ def _of_checkpoint(run, path, name_lists):
         raise ValueError(f"{path} holds no pattern (3, C, C) or no class names")
     image, caption = _pattern_image(run, program)
     return {
-        "pattern": _data_uri(image), "caption": caption, "classes": _shared(classes, name_lists),
+        "pattern": _data_uri(image),
+        "caption": caption,
+        "classes": _shared(classes, name_lists),
         "sources": _shared(sources, name_lists) if _names(sources) else None,
         "mapping": _heaviest(checkpoint.get("history"), classes, sources, path),
     }
@@ -105,8 +127,9 @@ def _pattern_image(run, program):
             side = image_size(run.settings["dataset"])
         except ValueError:  # of a plugin
             side = size // 2
-        vr = build_input_vr(name, canvas_size=size, image_size=side, border=(size + 1) // 2, mean=(0.0,) * 3,
-                            std=(1.0,) * 3, **own)
+        vr = build_input_vr(
+            name, canvas_size=size, image_size=side, border=(size + 1) // 2, mean=(0.0,) * 3, std=(1.0,) * 3, **own
+        )
         vr.load_state_dict({"program": program})
         image, caption = vr.as_image()
         return image, caption.replace("the pixels", "the normalised image")  # whose deviation is not known here

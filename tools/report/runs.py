@@ -5,15 +5,14 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import read_json
+from data.files import printable, read_json
 from mapping import MAPPINGS
-from tools.console import printable
+from tools.console import warn
 from tools.training.run_folder import read_config
 
 SCRIPTS = {kind: f"train_{kind}" for kind in ("vm", "vm_fast", "vlm")}
@@ -89,7 +88,10 @@ def read_run(folder):
     content = json.dumps(config["content"], sort_keys=True)
     words = ", ".join(_words(key, distinct[key]) for key in sorted(distinct.keys() - {*NAMES, "seed", "epochs"}))
     row = Row(
-        *(printable(settings[key]) for key in NAMES[:3]), SCRIPTS[config["kind"]], printable(words), settings["epochs"],
+        *(printable(settings[key]) for key in NAMES[:3]),
+        SCRIPTS[config["kind"]],
+        printable(words),
+        settings["epochs"],
         hashlib.sha256(content.encode()).hexdigest()[:8],
     )
     machines = frozenset((printable(str(start.get("device"))), start.get("threads")) for start in starts)
@@ -98,8 +100,17 @@ def read_run(folder):
     if (path := folder / "result.json").is_file():
         values = _object(read_json(path), path)
         result = _fraction(values, "final_accuracy", path), _fraction(values, "best_accuracy", path)
-    return Run(folder, row, printable(settings["mapping"]), settings["seed"], settings, machines, metrics, result,
-               _read_class_accuracies(folder / "evaluation.json", metrics))
+    return Run(
+        folder,
+        row,
+        printable(settings["mapping"]),
+        settings["seed"],
+        settings,
+        machines,
+        metrics,
+        result,
+        _read_class_accuracies(folder / "evaluation.json", metrics),
+    )
 
 
 def _read_config(path):
@@ -150,8 +161,9 @@ def _read_class_accuracies(path, metrics):
     classes = values.get("classes")
     if not isinstance(classes, list) or not all(type(_object(c, path).get("name")) is str for c in classes):
         raise ValueError(f"{path} lacks classes")
-    return {printable(c["name"]): None if c.get("accuracy") is None else _fraction(c, "accuracy", path)
-            for c in classes}
+    return {
+        printable(c["name"]): None if c.get("accuracy") is None else _fraction(c, "accuracy", path) for c in classes
+    }
 
 
 def _object(value, path):
@@ -202,11 +214,6 @@ def find_runs(paths):
     return list(runs.values())
 
 
-def warn(message):
-    """Print a warning of one line."""
-    print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-
-
 # ---- grouping ----
 
 
@@ -237,10 +244,12 @@ class Cell:
     def note(self):
         """In what the machines of its runs differ; "" where they don't."""
         devices, threads = (sorted({m[i] for run in self.runs for m in run.machines}, key=str) for i in (0, 1))
-        return ", ".join([
-            *[f"runs on {' and '.join(devices)}"] * (len(devices) > 1),
-            *[f"runs with {' and '.join(map(str, threads))} threads"] * (len(threads) > 1),
-        ])
+        return ", ".join(
+            [
+                *[f"runs on {' and '.join(devices)}"] * (len(devices) > 1),
+                *[f"runs with {' and '.join(map(str, threads))} threads"] * (len(threads) > 1),
+            ]
+        )
 
 
 def mapping_names(runs):
@@ -255,8 +264,9 @@ def tabulate(runs):
     finished = sorted((run for run in runs if run.result is not None), key=lambda run: run.seed)
     for row in sorted({run.row for run in finished}, key=_natural):
         members = [run for run in finished if run.row == row]
-        rows[row] = {name: Cell(tuple(run for run in members if run.mapping == name))
-                     for name in mapping_names(members)}
+        rows[row] = {
+            name: Cell(tuple(run for run in members if run.mapping == name)) for name in mapping_names(members)
+        }
     return rows
 
 

@@ -15,10 +15,12 @@ def as_markdown(rows):
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     texts.insert(1, ["-" * w if name in left else "-" * (w - 1) + ":" for name, w in zip(head, widths, strict=True)])
     lines = [
-        "| " + " | ".join(
+        "| "
+        + " | ".join(
             cell.ljust(width) if name in left else cell.rjust(width)
             for name, cell, width in zip(head, line, widths, strict=True)
-        ) + " |"
+        )
+        + " |"
         for line in texts
     ]
     return "\n".join(lines) + f"\n\n{CAPTION}\n"
@@ -29,9 +31,13 @@ def as_latex(rows):
     head, body, left = _table(rows)
     texts = [[rf"\textbf{{{_tex(text)}}}" if bold else _tex(text) for text, bold in line] for line in body]
     lines = [
-        r"\begin{tabular}{" + "".join("l" if name in left else "r" for name in head) + "}", r"\toprule",
-        " & ".join(map(_tex, head)) + r" \\", r"\midrule", *(" & ".join(line) + r" \\" for line in texts),
-        r"\bottomrule", r"\end{tabular}",
+        r"\begin{tabular}{" + "".join("l" if name in left else "r" for name in head) + "}",
+        r"\toprule",
+        " & ".join(map(_tex, head)) + r" \\",
+        r"\midrule",
+        *(" & ".join(line) + r" \\" for line in texts),
+        r"\bottomrule",
+        r"\end{tabular}",
     ]
     return f"% {CAPTION}\n" + "\n".join(lines) + "\n"
 
@@ -50,17 +56,28 @@ def _table(rows):
     for row, cells in rows.items():
         bold = best_mappings(cells)
         values = {
-            "data set": row.dataset, "backbone": row.backbone, "input VR": row.reprogramming, "script": row.script,
-            "settings": row.settings, **{name: figure(cell.mean, cell.std) for name, cell in cells.items()},
-            "seeds": _range([len(cell.runs) for cell in cells.values()]), "epochs": str(row.epochs),
-            "minutes per run": _range([_minutes(cell.minutes) for cell in cells.values()]), "note": noted[row],
+            "data set": row.dataset,
+            "backbone": row.backbone,
+            "input VR": row.reprogramming,
+            "script": row.script,
+            "settings": row.settings,
+            **{name: figure(cell.mean, cell.std) for name, cell in cells.items()},
+            "seeds": _range([len(cell.runs) for cell in cells.values()]),
+            "epochs": str(row.epochs),
+            "minutes per run": _range([_minutes(cell.minutes) for cell in cells.values()]),
+            "note": noted[row],
         }
         body.append([(values.get(name, "–"), name in bold) for name in head])
         known = {name: found for name in mappings if (found := published(row, name))}
         if known:
             values = {
-                "data set": row.dataset, "backbone": row.backbone, "input VR": row.reprogramming, "script": "published",
-                "settings": "", **{name: figure(*found[:2]) for name, found in known.items()}, "note": "",
+                "data set": row.dataset,
+                "backbone": row.backbone,
+                "input VR": row.reprogramming,
+                "script": "published",
+                "settings": "",
+                **{name: figure(*found[:2]) for name, found in known.items()},
+                "note": "",
             }
             body.append([(values.get(name, "–"), False) for name in head])
     return head, body, [*left, *note]
@@ -87,8 +104,13 @@ def _md(text):
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--",
-    "×": r"$\times$", **{c: "\\" + c for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "×": r"$\times$",
+    **{c: "\\" + c for c in "&%$#_{}"},
 }
 
 

@@ -180,8 +180,10 @@ def expand(grid, elsewhere=False):
                 choose_precision(cell.cfg.precision, choose_device(cell.cfg.device))
             first = cells.setdefault(cell.folder, cell)
             if first.cfg.dataset != cell.cfg.dataset:
-                raise ValueError(f"{first.cfg.dataset} and {cell.cfg.dataset} share the run folder {cell.folder}; give "
-                                 "them names of their own, or each a --results-path")
+                raise ValueError(
+                    f"{first.cfg.dataset} and {cell.cfg.dataset} share the run folder {cell.folder}; give "
+                    "them names of their own, or each a --results-path"
+                )
     return list(cells.values())
 
 

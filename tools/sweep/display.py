@@ -47,8 +47,11 @@ class Display:
 
 def outcome(job):
     """One line: what became of a job, with accuracy, time and log where it has them."""
-    what = {"running": "started", "failed": f"failed: {job.error}",
-            "finished": f"finished: {_accuracy(job) or 'no'} final accuracy"}.get(job.state, job.state)
+    what = {
+        "running": "started",
+        "failed": f"failed: {job.error}",
+        "finished": f"finished: {_accuracy(job) or 'no'} final accuracy",
+    }.get(job.state, job.state)
     ran = f", {duration(job.seconds)}; log {job.cell.log}" if job.over and job.log_start else ""
     return f"{job.cell.name} {what}{ran}"
 

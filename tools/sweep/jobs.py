@@ -189,6 +189,7 @@ def remaining_seconds(jobs, parallel):
     A run takes as long per epoch as it took so far; one that has not begun, as long as others of its script, data set,
     backbone and input VR, or else as all others on average.
     """
+
     def likeness(job):
         return job.cell.script, *(getattr(job.cell.cfg, key) for key in ("dataset", "backbone", "reprogramming"))
 

@@ -41,9 +41,16 @@ class LocalRunner:
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.parallel)))
             with open(cell.log, "ab") as log:
                 # a session of its own: Ctrl-C reaches this process alone, which then asks each run to end, once
-                self._processes[cell.name] = slot, subprocess.Popen(
-                    cell.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                self._processes[cell.name] = (
+                    slot,
+                    subprocess.Popen(
+                        cell.command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    ),
                 )
 
     def exit_code(self, cell):

@@ -32,7 +32,10 @@ class SlurmJob:
         with open(self.log, "ab") as log:
             # Slurm sends SIGUSR2 to every process of a job whose time is nearly up; submitit answers it by `checkpoint`
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
             try:

@@ -45,7 +45,10 @@ class System:
         """`data.BatchLoader` of each step: ``estimate``, ``train``, ``test`` and perhaps ``validation``."""
         train, test = self.presets
         common = {
-            "device": self.device, "seed": seed, "rank": distributed.rank(), "world_size": distributed.world_size()
+            "device": self.device,
+            "seed": seed,
+            "rank": distributed.rank(),
+            "world_size": distributed.world_size(),
         }
         sets = {"estimate": (self.task.train, train), "train": (self.task.train, train), "test": (self.task.test, test)}
         if self.task.validation is not None:
@@ -62,9 +65,7 @@ class System:
         ``check_stop()`` is called before each batch and may raise.
         """
         clip = self.classifier
-        loader = BatchLoader(
-            *self.zero_shot, batch_size, self.device, shuffle=False, seed=0, purpose="zero-shot"
-        )
+        loader = BatchLoader(*self.zero_shot, batch_size, self.device, shuffle=False, seed=0, purpose="zero-shot")
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
         correct = dict.fromkeys(("single", "ensemble"), 0)
         for images, labels, _ in loader.epoch(0):
@@ -144,8 +145,13 @@ def own_settings(entry, settings):
 
 def _input_vr(settings, classifier, canvas_size, border):
     return build_input_vr(
-        settings.reprogramming, canvas_size=canvas_size, image_size=image_size(settings.dataset), border=border,
-        mean=classifier.mean, std=classifier.std, **own_settings(REPROGRAMMING[settings.reprogramming], settings),
+        settings.reprogramming,
+        canvas_size=canvas_size,
+        image_size=image_size(settings.dataset),
+        border=border,
+        mean=classifier.mean,
+        std=classifier.std,
+        **own_settings(REPROGRAMMING[settings.reprogramming], settings),
     )
 
 
@@ -155,9 +161,15 @@ def _load(settings, presets, splits, class_names=None):
     presets = [preset if split in splits else None for split, preset in zip(SPLITS, presets, strict=True)]
     with distributed.main_process_first():
         task = load_task(
-            settings.dataset, settings.data_path or None, *presets, cache_path=Path(settings.results_path) / "cache",
-            workers=settings.workers, train_fraction=settings.train_fraction, shots=settings.shots,
-            validation_fraction=settings.validation_fraction, seed=settings.seed,
+            settings.dataset,
+            settings.data_path or None,
+            *presets,
+            cache_path=Path(settings.results_path) / "cache",
+            workers=settings.workers,
+            train_fraction=settings.train_fraction,
+            shots=settings.shots,
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
         )
     if class_names not in (None, task.class_names):
         raise ValueError(
@@ -181,26 +193,25 @@ def _join(settings, device, classifier, net, input_vr, presets, task, readout, p
     """
     num_source = classifier.num_source if prior is None else len(prior)
     mapping = build_mapping(
-        settings.mapping, num_source, task.num_target, seed=settings.seed, prior=prior,
+        settings.mapping,
+        num_source,
+        task.num_target,
+        seed=settings.seed,
+        prior=prior,
         **own_settings(MAPPINGS[settings.mapping], settings),
     ).to(device)
     if task.train is not None:
         _check_memory(mapping, device)
     classifier, input_vr = classifier.to(device), input_vr.to(device)
     parts = {"auto": list(SWITCHES), "plain": []}
-    network = build_network(
-        net, input_vr, switches=parts.get(settings.engine, settings.engine.split(","))
-    )
+    network = build_network(net, input_vr, switches=parts.get(settings.engine, settings.engine.split(",")))
     content = {"class names": task.class_names}
     for split, fingerprint in task.fingerprint.items():
         content[f"{split} images"] = fingerprint[:16]
     if settings.weights is not None and Path(settings.weights).is_file():
         content["weights"] = _digest(settings.weights)
-    readout = readout(mapping)
-    return System(
-        task, classifier, input_vr, net, network, mapping, readout, presets, device, content,
-        source_names or classifier.source_names,
-    )
+    names = source_names or classifier.source_names
+    return System(task, classifier, input_vr, net, network, mapping, readout(mapping), presets, device, content, names)
 
 
 def _check_memory(mapping, device):

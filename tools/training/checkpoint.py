@@ -54,7 +54,7 @@ def read_checkpoint(path):
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # else a view of the file itself
         if metadata["checksum"] != _checksum(metadata["content"], tensors):
             raise ValueError("its checksum differs")
         return _with_tensors(json.loads(metadata["content"]), tensors)

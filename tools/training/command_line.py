@@ -39,6 +39,7 @@ def _reader(setting):
                 kind = "a whole number" if setting.type is int else "a number"
                 raise argparse.ArgumentTypeError(f"expected {kind}, got {text!r}") from None
             raise argparse.ArgumentTypeError(str(error)) from None
+
     return read
 
 

@@ -34,8 +34,10 @@ def process_group(device):
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} not set; start several processes with "
-                         "torchrun --nproc-per-node=N, or unset WORLD_SIZE")
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} not set; start several processes with "
+            "torchrun --nproc-per-node=N, or unset WORLD_SIZE"
+        )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield

@@ -128,8 +128,11 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks the setting {missing[0]!r} of {path.name}; restore that file")
     target = choose_device(str(device))
-    now = {"device": str(device), "results_path": _results_path(folder, kind),
-           "weights": _find_weights(folder, saved["weights"], weights)}
+    now = {
+        "device": str(device),
+        "results_path": _results_path(folder, kind),
+        "weights": _find_weights(folder, saved["weights"], weights),
+    }
     if data_path is not None:
         now["data_path"] = str(data_path)
     settings = _frozen(saved | now, folder)
@@ -164,7 +167,7 @@ def _read_settings(folder):
 def _compare(folder, then, now):
     """Refuse other weights than those of the run; only warn of other images, which a user may want to try."""
     for name, value in now.items():
-        if then.get(name) != value and name == "weights":
+        if then.get(name) not in (None, value) and name == "weights":
             raise ValueError(f"{folder} was trained with another weights file; pass the one of that time by --weights")
         if then.get(name) not in (None, value) and name.endswith("images"):
             warnings.warn(f"these are not the {name} that {folder} was trained with", stacklevel=3)
@@ -208,11 +211,19 @@ def add_run_arguments(parser, data=True, device=True):
     """Add what tools that take up one run share: RUN, ``--checkpoint``, ``--weights``, ``--plugin``; and ``--device``
     and ``--data-path``, unless they always run on the CPU or need no data set."""
     parser.add_argument("run", metavar="RUN", help="folder of a training run, with config.json and its checkpoints")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last",
-                        help="state after the last epoch, or after the best on the test set (default: last)")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="state after the last epoch, or after the best on the test set (default: last)",
+    )
     if device:
-        parser.add_argument("--device", default="auto", metavar="DEVICE",
-                            help="cpu, cuda, cuda:N, or auto: cuda where there is one (default: auto)")
+        parser.add_argument(
+            "--device",
+            default="auto",
+            metavar="DEVICE",
+            help="cpu, cuda, cuda:N, or auto: cuda where there is one (default: auto)",
+        )
     parser.add_argument("--weights", metavar="FILE", help="the backbone's weights, where they are elsewhere by now")
     if data:
         parser.add_argument("--data-path", metavar="FOLDER", help="the data sets, where they are elsewhere by now")

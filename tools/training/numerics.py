@@ -48,8 +48,11 @@ def choose_precision(name, device):
     return name
 
 
-def set_up_arithmetic(device, precision, deterministic):
-    """Set what torch keeps for the whole process: the GPU in use, TF32 or not, algorithms that repeat their bits."""
+def set_up_arithmetic(device, precision, deterministic, threads=0):
+    """Set what torch keeps for the whole process: the GPU in use, TF32 or not, algorithms that repeat their bits, and
+    the number of threads of a CPU's arithmetic (0: as it is)."""
+    if threads:
+        torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

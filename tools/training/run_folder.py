@@ -29,8 +29,19 @@ FORMAT = 2  # of config.json and the checkpoints; 1 had .pt files
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
 # what a run and the tools write into its folder, and --overwrite removes
 _OURS = (
-    ".lock", ".*.tmp", "config.json", "metrics.jsonl", "log.txt", "result.json", "*.safetensors", "evaluation*.json",
-    "confusion*.csv", "figures", "model.onnx*", "model.pt2", "events.out.tfevents.*",
+    ".lock",
+    ".*.tmp",
+    "config.json",
+    "metrics.jsonl",
+    "log.txt",
+    "result.json",
+    "*.safetensors",
+    "evaluation*.json",
+    "confusion*.csv",
+    "figures",
+    "model.onnx*",
+    "model.pt2",
+    "events.out.tfevents.*",
 )
 
 
@@ -112,8 +123,11 @@ class Run:
         """What rounds otherwise than when the run was begun, as in "engine was 'auto' and is 'plain'"; a list."""
         config = None if self.overwrite else self._read_config()
         now = {} if config is None else self.cfg.that_affect("rounding")
-        return [f"{name} was {config['settings'].get(name)!r} and is {value!r}"
-                for name, value in now.items() if config["settings"].get(name) != value]
+        return [
+            f"{name} was {config['settings'].get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if config["settings"].get(name) != value
+        ]
 
     def refuse_other_content(self, content):
         """Check that the run was trained on what is there now.
@@ -172,9 +186,12 @@ class Run:
         ValueError
             Another process holds the folder, or what it holds is of other settings or content or beyond reading.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._lock = os.fdopen(os.open(self.folder / ".lock", flags, 0o644), "r+")  # held until the process ends
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.fdopen(os.open(self.folder / ".lock", flags, 0o644), "r+")  # held until the process ends
+        except OSError as error:
+            raise OSError(f"cannot write to {self.folder}: {error.strerror}; choose another --results-path") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -192,10 +209,17 @@ class Run:
             self._empty()
             config, checkpoint = None, None
         starts = config["starts"] if config and checkpoint else []
-        write_json(self.folder / "config.json", {
-            "format": FORMAT, "kind": self.cfg.kind, "settings": self.cfg.settings, "distinct": self.cfg.distinct,
-            "content": content, "starts": [*starts, _start(self.command, device)],
-        })
+        write_json(
+            self.folder / "config.json",
+            {
+                "format": FORMAT,
+                "kind": self.cfg.kind,
+                "settings": self.cfg.settings,
+                "distinct": self.cfg.distinct,
+                "content": content,
+                "starts": [*starts, _start(self.command, device)],
+            },
+        )
         self.metrics = checkpoint["metrics"] if checkpoint else []
         self._write_metrics()
         self._write_log()
@@ -327,7 +351,8 @@ def summarise(settings, metrics):
     best = scores.index(max(scores))
     kept = ("dataset", "backbone", "reprogramming", "mapping", "seed", "epochs")
     result = {key: settings[key] for key in kept} | {
-        "final_accuracy": metrics[-1]["test_accuracy"], "best_accuracy": metrics[best]["test_accuracy"],
+        "final_accuracy": metrics[-1]["test_accuracy"],
+        "best_accuracy": metrics[best]["test_accuracy"],
         "best_epoch": best,
     }
     return result | ({"best_on": "validation"} if "validation_accuracy" in metrics[best] else {})
@@ -388,10 +413,13 @@ def _is_checkpoint(value):
         return False
     lines = value["metrics"]
     return bool(
-        isinstance(value.get("settings"), dict) and isinstance(value.get("mapping"), dict)
-        and isinstance(value.get("program"), torch.Tensor) and isinstance(value.get("kind"), str)
+        isinstance(value.get("settings"), dict)
+        and isinstance(value.get("mapping"), dict)
+        and isinstance(value.get("program"), torch.Tensor)
+        and isinstance(value.get("kind"), str)
         and isinstance(value.get("history", []), list)
-        and lines and all(isinstance(line, dict) and _is_accuracy(line.get("test_accuracy")) for line in lines)
+        and lines
+        and all(isinstance(line, dict) and _is_accuracy(line.get("test_accuracy")) for line in lines)
         and [line.get("epoch") for line in lines] == list(range(len(lines)))
     )
 
@@ -429,16 +457,19 @@ def _start(command, device):
         except PackageNotFoundError:
             pass
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command, "versions": versions,
-        "git_commit": _git_commit(), "host": socket.gethostname(), "device": device,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "device": device,
         "threads": torch.get_num_threads(),
     }
 
 
 def _git_commit():
     """The commit of this code, with ``-dirty`` where it was changed since; None where it is no git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty",
-               "--exclude=*"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -59,7 +59,7 @@ class Session:
             precision = choose_precision(cfg.precision, device)
             self._stack.enter_context(distributed.process_group(device))
             self.main = distributed.rank() == 0
-            set_up_arithmetic(device, precision, cfg.deterministic)
+            set_up_arithmetic(device, precision, cfg.deterministic, cfg.threads)
             check_writable(cfg.folder)
             self.run = Run(cfg, self._command)
             self._stack.enter_context(one_line_warnings(self._warn))
@@ -67,16 +67,28 @@ class Session:
             self.task, self.mapping = system.task, system.mapping
             self._leave_a_finished_run(system)
         loaders = system.loaders(cfg.batch_size, cfg.seed)
-        self.log(f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
-                 f"{len(system.task.test.labels)} test images, {system.task.num_target} classes; "
-                 f"{loaders['train'].description}")
-        self.log(f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
-                 f"{torch.get_num_threads()} threads, {precision}; {system.network.description}")
+        self.log(
+            f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
+            f"{len(system.task.test.labels)} test images, {system.task.num_target} classes; "
+            f"{loaders['train'].description}"
+        )
+        self.log(
+            f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
+            f"{torch.get_num_threads()} threads, {precision}; {system.network.description}"
+        )
         should_stop = self._stack.enter_context(_stop_signals())
         self.trainer = Trainer(
-            system.network, system.input_vr.program, system.mapping, loaders,
-            self._optimizer([system.input_vr.program]), self._schedule, cfg.epochs, precision, cfg.on_nonfinite,
-            should_stop, system.readout,
+            system.network,
+            system.input_vr.program,
+            system.mapping,
+            loaders,
+            self._optimizer([system.input_vr.program]),
+            self._schedule,
+            cfg.epochs,
+            precision,
+            cfg.on_nonfinite,
+            should_stop,
+            system.readout,
         )
         self._previous_weights, self._history, self.first_epoch = None, [], 0
         self._stack.callback(self.run.close)
@@ -97,8 +109,10 @@ class Session:
         distributed.by_main_process(lambda: self.run.refuse_other_content(system.content))
         rounding = "; ".join(self.run.other_rounding())
         note = f" ({rounding})" if rounding else ""
-        self.log(f"{self.cfg.folder} is finished{note}: {result['final_accuracy']:.2%} final accuracy; "
-                 "--overwrite starts from scratch")
+        self.log(
+            f"{self.cfg.folder} is finished{note}: {result['final_accuracy']:.2%} final accuracy; "
+            "--overwrite starts from scratch"
+        )
         sys.exit(0)
 
     def _go_on_from(self, checkpoint, rounding):
@@ -110,7 +124,7 @@ class Session:
             self.extra_results["zero_shot"] = checkpoint["zero_shot"]
         self.log(f"going on after epoch {self.first_epoch} of {self.cfg.folder}")
         for difference in rounding:
-            warnings.warn(f"{difference}: from here on the run rounds otherwise than it began", stacklevel=2)
+            warnings.warn(f"{difference}: from here on the run rounds otherwise than before", stacklevel=2)
 
     def log(self, text):
         """Print a line and keep it in ``log.txt``, once whatever the number of processes."""
@@ -130,8 +144,10 @@ class Session:
             )
             self.extra_results["zero_shot"] = accuracy
         accuracy = self.extra_results["zero_shot"]
-        self.log(f"without reprogramming: {accuracy['single']:.2%} with a single template, "
-                 f"{accuracy['ensemble']:.2%} with the ensemble of all")
+        self.log(
+            f"without reprogramming: {accuracy['single']:.2%} with a single template, "
+            f"{accuracy['ensemble']:.2%} with the ensemble of all"
+        )
 
     def epochs(self):
         """The numbers of the epochs that are still to be done; a run without training has one, to estimate and test."""
@@ -153,8 +169,12 @@ class Session:
         self._previous_weights = weights
         seconds = {"estimate": estimating_seconds, "train": trained.seconds, "test": tested.seconds}
         metrics = {
-            "epoch": epoch, "train_loss": trained.loss, "train_accuracy": trained.accuracy,
-            "test_accuracy": tested.accuracy, "mapping_change": change, "lr": trained.lr,
+            "epoch": epoch,
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "test_accuracy": tested.accuracy,
+            "mapping_change": change,
+            "lr": trained.lr,
             "seconds": {step: round(value, 3) for step, value in seconds.items()},
         }
         if tested.validation_accuracy is not None:
@@ -162,10 +182,16 @@ class Session:
         if self.main:
             self._history.append({"epoch": epoch, **_heaviest(weights)})
             with _failing_with_code_1():
-                self.run.save_epoch(metrics, {
-                    **self.trainer.state_dict(), **self.extra_results, "history": self._history,
-                    "class_names": self.task.class_names, "source_names": self.system.source_names,
-                })
+                self.run.save_epoch(
+                    metrics,
+                    {
+                        **self.trainer.state_dict(),
+                        **self.extra_results,
+                        "history": self._history,
+                        "class_names": self.task.class_names,
+                        "source_names": self.system.source_names,
+                    },
+                )
         else:
             self.run.metrics.append(metrics)
         if self._tensorboard is not None:
@@ -179,8 +205,8 @@ class Session:
         if trained.loss is None:
             head = "without training: "
         else:
-            head = (f"epoch {epoch + 1}/{self.cfg.epochs}: loss {trained.loss:.4f}, train {trained.accuracy:.2%}, ")
-        self.log(f"{head}test {tested.accuracy:.2%}{shown}, {sum(seconds.values()):.1f} s")
+            head = f"epoch {epoch + 1}/{self.cfg.epochs}: loss {trained.loss:.4f}, train {trained.accuracy:.2%}, "
+        self.log(f"{head}test {tested.accuracy:.2%}{shown}{self.mapping.note}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
         """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
@@ -197,34 +223,43 @@ class Session:
         alike = [[self.task.class_names[t] for t in labels] for labels in self.mapping.indistinct_labels()]
         if alike:
             named = "; ".join(" = ".join(names[:4]) for names in alike[:5])
-            warnings.warn(f"the mapping cannot tell some labels apart, and takes the first of them: {named}",
-                          stacklevel=2)
+            warnings.warn(
+                f"the mapping cannot tell some labels apart, and takes the first of them: {named}", stacklevel=2
+            )
         if self.main:
             with _failing_with_code_1():
                 self.run.finish(result)
-        self.log(f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
-                 f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}")
+        self.log(
+            f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
+            f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}"
+        )
 
     def __exit__(self, kind, error, traceback):
         try:
             if isinstance(error, Interrupted):
-                self.log(f"{error}: stopped after a batch; {len(self.run.metrics)} finished epochs are kept, "
-                         "the same command goes on from there")
+                self.log(
+                    f"{error}: stopped after a batch; {len(self.run.metrics)} finished epochs are kept, "
+                    "the same command goes on from there"
+                )
                 sys.exit(128 + error.signum)
             if isinstance(error, NonFiniteError):
                 count = len(self.run.metrics)
                 kept = f"{checkpoint_path(self.run.folder)} ({count} epochs)" if count else "none yet"
                 if self.main:
-                    self._warn(f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, "
-                               "or --on-nonfinite skip")
+                    self._warn(
+                        f"error: {error}; last good checkpoint: {kept}; try a smaller --lr, --precision fp32, "
+                        "or --on-nonfinite skip"
+                    )
                 sys.exit(3)
             if isinstance(error, UnreadableImage):
                 with user_errors():
                     raise error
             if isinstance(error, torch.OutOfMemoryError):
-                self._warn(f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
-                           "smaller --backbone or --canvas-size, or --precision bf16 "
-                           f"({' '.join(str(error).split()):.200})")
+                self._warn(
+                    f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
+                    "smaller --backbone or --canvas-size, or --precision bf16 "
+                    f"({' '.join(str(error).split()):.200})"
+                )
                 sys.exit(1)
         finally:
             self._stack.close()
@@ -239,11 +274,11 @@ def _distance(weights, previous):
 
 
 def _heaviest(weights):
-    """The pretrained labels of most weight in each column of ω, (T, at most 10), and those weights; descending."""
+    """The pretrained labels of most weight, of either sign, in each column of ω, (T, at most 10), and those weights."""
     if weights.dim() == 1:
         return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
-    top = weights.topk(min(_HISTORY_LABELS, len(weights)), dim=0)
-    return {"labels": top.indices.T.int().cpu().contiguous(), "weights": top.values.T.cpu().contiguous()}
+    labels = weights.abs().topk(min(_HISTORY_LABELS, len(weights)), dim=0).indices
+    return {"labels": labels.T.int().cpu(), "weights": weights.gather(0, labels).T.cpu()}
 
 
 def _model_of(device):

@@ -97,8 +97,20 @@ class Trainer:
         Default: the network's outputs are the pretrained logits.
     """
 
-    def __init__(self, network, program, mapping, loaders, optimizer, schedule, epochs, precision="fp32",
-                 on_nonfinite="stop", should_stop=lambda: 0, readout=None):
+    def __init__(
+        self,
+        network,
+        program,
+        mapping,
+        loaders,
+        optimizer,
+        schedule,
+        epochs,
+        precision="fp32",
+        on_nonfinite="stop",
+        should_stop=lambda: 0,
+        readout=None,
+    ):
         self.network, self.program, self.mapping, self.loaders = network, program, mapping, loaders
         self.schedule, self.epochs, self.on_nonfinite = schedule, epochs, on_nonfinite
         self.should_stop, self.readout = should_stop, readout or Readout(mapping)
@@ -304,7 +316,8 @@ class Trainer:
             "mapping": dict(self.mapping.state_dict()),
             "optimizers": [
                 [optimizer.state.get(parameter, {}) for parameter in group["params"]]
-                for optimizer in self.optimizers for group in optimizer.param_groups
+                for optimizer in self.optimizers
+                for group in optimizer.param_groups
             ],
             "skipped_steps": self.skipped_steps,
         }

@@ -464,9 +464,7 @@ def test_what_fails_is_left_out_by_name_and_without_a_traceback(monkeypatch):
 
 
 @pytest.mark.skipif(not winograd.available(), reason="this build of torch lacks the matrix products")
-@pytest.mark.parametrize(
-    ("size", "padding"), [((4, 4), (1, 1)), ((7, 7), (1, 1)), ((14, 9), (0, 2)), ((3, 6), (0, 0))]
-)
+@pytest.mark.parametrize(("size", "padding"), [((4, 4), (1, 1)), ((7, 7), (1, 1)), ((14, 9), (0, 2)), ((3, 6), (0, 0))])
 def test_winograd_equals_the_direct_sum(size, padding):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 6, *size, generator=generator).contiguous(memory_format=torch.channels_last)
@@ -524,3 +522,23 @@ def test_flipped_weights_give_the_input_gradient():
     g = torch.randn(y.shape, dtype=torch.float64)
     (expected,) = torch.autograd.grad((y * g).sum(), x)
     torch.testing.assert_close(nn.functional.conv2d(g, _flipped(weight, 2), padding=(2, 1), groups=2), expected)
+
+
+def test_sums_over_many_images_stay_finite_in_half_precision():
+    """A gradient that no image brings alone, 64 bring together: more than half precision holds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5))
+    nn.init.constant_(net[3].weight, 0.05)
+    classifier = net.requires_grad_(False).eval()
+    input_vr = PaddingVR(32, 16, (0.5,) * 3, (0.25,) * 3)
+    images = torch.rand(64, 3, 16, 16)
+    gradients = {}
+    for dtype in (torch.float32, torch.float16):
+        network = build_network(classifier, input_vr)
+        input_vr.program.grad = None
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16), network.accumulate():
+            network(images).float().backward(torch.full((64, 5), 3e4))
+        gradients[dtype] = input_vr.program.grad
+    exact, half = gradients.values()
+    assert exact.abs().max() > 65504 * 0.25 / 4 and half.isfinite().all()
+    assert float((half - exact).norm() / exact.norm()) < 0.02

@@ -1,4 +1,4 @@
-"""python -m tests.models.fast.test_timm [ARCHITECTURE ...] > docs/records/timm-table.txt
+"""python -m tests.models.fast.test_timm [ARCHITECTURE ...]
 
 Fast and plain path of timm's architectures: random weights, padding and watermarking, batches of 1, 3 and 8 images.
 
@@ -6,6 +6,8 @@ Where they differ by more than `ROUNDING`, the same comparison in float64 decide
 changes a gradient in more than its last digits, `TURNED` at most; in float64 none does, and a fault would stay.
 """
 
+import gc
+import re
 import sys
 import time
 from collections import Counter
@@ -20,16 +22,16 @@ from models.fast.network import build_network
 from tests.models.fast.test_network import MEAN, STD, images_for, settle, with_random_program
 
 BATCHES = (1, 3, 8)
-ROUNDING, TURNED, ROUNDING_64 = (1e-5, 1e-3), (1e-5, 1e-1), (1e-6, 1e-9)  # of logits (kept in float32), of the gradient
+ROUNDING, TURNED, ROUNDING_64 = (1e-5, 1e-3), (1e-4, 1e-1), (1e-6, 1e-9)  # of logits (kept in float32), of the gradient
 CANVASES = (96, 128, 192, 224, 256)  # pixels; the first that a model takes
-SHORTER = {  # how the table abbreviates the descriptions of networks
-    "fast path: channels-last, fold-batchnorm, fused-ops": "fast",
-    " (no layer that it can speed up)": "",
-    " (the images reach all of the maps)": "",
-    " (it is not a single convolution)": "",
-    "as the code of this network cannot be recorded ahead": "not recorded",
-    ": same results, slower": "",
-}
+# how the table abbreviates the description of a network
+SHORTER = (
+    (r"fast path: channels-last, fold-batchnorm", "fast"),
+    (r", fused-ops|, no (first|shared|winograd)[^,]*| layers", ""),
+    (r"(shared-border|winograd) (over|in)", r"\1"),
+    (r"as the code of this network cannot be recorded ahead", "not recorded"),
+    (r": same results, slower", ""),
+)
 ARCHITECTURES = """
     botnet26t_256 cait_xs24_384 cait_xxs24_224 coat_lite_tiny coat_tiny coatnet_nano_cc_224 coatnet_pico_rw_224
     convit_small convit_tiny convmixer_768_32 convnext_zepto_rms cpubone_nano cpubone_t0 crossvit_9_240
@@ -144,15 +146,16 @@ def main(names):
     """Print the table as it comes, then the counts."""
     names, counts, start = names or ARCHITECTURES, Counter(), time.perf_counter()
     say = partial(print, flush=True)
-    say("architecture | input VR | path (fast: channels-last, fold-batchnorm, fused-ops) | logits and gradient are off")
+    say("architecture | input VR | path (fast: channels-last, fold-batchnorm, fused-ops too) | logits, gradient off")
     for name in names:
+        gc.collect()  # graphs are cycles, which hold on to their weights
         for kind, description, agree, figures in compare(name):
             counts[description.partition(" path")[0] + " path"] += 1
             counts["first layer alone"] += "alone" in description
             counts["parts left out"] += "left out" in description
             counts["differences beyond rounding"] += not agree
-            for long, short in SHORTER.items():
-                description = description.replace(long, short)
+            for long, short in SHORTER:
+                description = re.sub(long, short, description)
             say(f"{name} | {kind} | {description} | {figures}{'' if agree else ' !'}")
     minutes = (time.perf_counter() - start) / 60
     say(f"{len(names)} architectures under two input VRs, {minutes:.0f} minutes: {dict(counts)}")

@@ -114,6 +114,7 @@ def forge(path, change):
 
 def mutate_inside(path, draw):
     """One tensor's bytes, or the JSON, mutated under a checksum that holds."""
+
     def change(content, tensors):
         if draw.random() < 0.5:
             return mutate(content.encode(), draw).decode(errors="ignore")
@@ -166,8 +167,16 @@ def test_fuzzed_run_folders_at_length(tmp_path):
 
 def test_what_is_written_comes_back(tmp_path):
     base = torch.arange(12.0).view(3, 4)
-    values = {"a": {"b": [base.T, base[:, 1:]], "c": None}, "shared": base, "n": float("inf"), "text": "ω", "t": True,
-              "scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    values = {
+        "a": {"b": [base.T, base[:, 1:]], "c": None},
+        "shared": base,
+        "n": float("inf"),
+        "text": "ω",
+        "t": True,
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
     write_checkpoint(tmp_path / "x", values)
     back = read_checkpoint(tmp_path / "x")
     assert list(back) == list(values) and (back["n"], back["text"], back["t"]) == (float("inf"), "ω", True)
@@ -255,6 +264,7 @@ def wrong(*keys_and_value):
         for key in keys[:-1]:
             state = state[key]
         state[keys[-1]] = value
+
     return change
 
 
@@ -262,39 +272,42 @@ STATISTICS = ("mapping", "_extra_state", "statistics")
 MOMENTS = ("optimizers", 0, 0)
 
 
-@pytest.mark.parametrize("name, change", [
-    ("blmpp", wrong("program", torch.zeros(3, 9, 9))),
-    ("blmpp", wrong("program", torch.zeros(()))),  # would be broadcast
-    ("blmpp", wrong("program", torch.zeros(3, SIDE, SIDE, dtype=torch.int64))),
-    ("blmpp", wrong("mapping", {})),
-    ("blmpp", wrong("mapping", {3: torch.zeros(2)})),
-    ("blmpp", wrong("optimizers", [])),
-    ("blmpp", wrong("optimizers", [3])),
-    ("blmpp", wrong("optimizers", [[3]])),
-    ("blmpp", wrong("optimizers", [[]])),
-    ("blmpp", wrong("optimizers", None)),
-    ("blmpp", wrong("skipped_steps", "many")),
-    ("blmpp", wrong("mapping", "_weights", torch.zeros(T, S))),
-    ("blmpp", wrong("mapping", "_extra_state", 3)),
-    ("blmpp", wrong("mapping", "_extra_state", {"ready": False, "statistics": None})),
-    ("blmpp", wrong("mapping", "_extra_state", {"ready": 2, "statistics": None})),
-    ("ilm", wrong("mapping", "_index", torch.full((T,), S))),
-    ("ilm", wrong("mapping", "_index", torch.full((T,), -1))),
-    ("ilm", wrong("mapping", "_index", torch.zeros(T + 1, dtype=torch.int64))),
-    ("linear", wrong("mapping", "matrix", torch.zeros(S, T + 1))),
-    ("blm", wrong(*STATISTICS, "keys", torch.full((3,), S * T))),
-    ("blm", wrong(*STATISTICS, "extremes", torch.zeros(2, dtype=torch.int64))),
-    ("blm", wrong(*STATISTICS, "extremes", torch.tensor([0, 0, T]))),
-    ("blm", wrong(*STATISTICS, "extremes", torch.tensor([0, 1, 2]))),
-    ("blm", wrong(*STATISTICS, "values", torch.zeros(3))),
-    ("blm", wrong(*STATISTICS, "num_samples", 0)),
-    ("blm", wrong(*MOMENTS, "exp_avg", torch.zeros(()))),
-    ("blm", wrong(*MOMENTS, "step", torch.zeros(3))),
-    ("blm", wrong(*MOMENTS, "step", torch.tensor(-1.0))),  # Adam would divide by 1 - beta^0
-    ("blm", wrong(*MOMENTS, "step", torch.tensor(float("nan")))),
-    ("blm", wrong(*MOMENTS, "exp_avg", torch.zeros(3, SIDE, SIDE, dtype=torch.int64))),
-    ("blm", wrong(*MOMENTS, "momentum_buffer", torch.zeros(3, SIDE, SIDE))),
-])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("blmpp", wrong("program", torch.zeros(3, 9, 9))),
+        ("blmpp", wrong("program", torch.zeros(()))),  # would be broadcast
+        ("blmpp", wrong("program", torch.zeros(3, SIDE, SIDE, dtype=torch.int64))),
+        ("blmpp", wrong("mapping", {})),
+        ("blmpp", wrong("mapping", {3: torch.zeros(2)})),
+        ("blmpp", wrong("optimizers", [])),
+        ("blmpp", wrong("optimizers", [3])),
+        ("blmpp", wrong("optimizers", [[3]])),
+        ("blmpp", wrong("optimizers", [[]])),
+        ("blmpp", wrong("optimizers", None)),
+        ("blmpp", wrong("skipped_steps", "many")),
+        ("blmpp", wrong("mapping", "_weights", torch.zeros(T, S))),
+        ("blmpp", wrong("mapping", "_extra_state", 3)),
+        ("blmpp", wrong("mapping", "_extra_state", {"ready": False, "statistics": None})),
+        ("blmpp", wrong("mapping", "_extra_state", {"ready": 2, "statistics": None})),
+        ("ilm", wrong("mapping", "_index", torch.full((T,), S))),
+        ("ilm", wrong("mapping", "_index", torch.full((T,), -1))),
+        ("ilm", wrong("mapping", "_index", torch.zeros(T + 1, dtype=torch.int64))),
+        ("linear", wrong("mapping", "matrix", torch.zeros(S, T + 1))),
+        ("blm", wrong(*STATISTICS, "keys", torch.full((3,), S * T))),
+        ("blm", wrong(*STATISTICS, "extremes", torch.zeros(2, dtype=torch.int64))),
+        ("blm", wrong(*STATISTICS, "extremes", torch.tensor([0, 0, T]))),
+        ("blm", wrong(*STATISTICS, "extremes", torch.tensor([0, 1, 2]))),
+        ("blm", wrong(*STATISTICS, "values", torch.zeros(3))),
+        ("blm", wrong(*STATISTICS, "num_samples", 0)),
+        ("blm", wrong(*MOMENTS, "exp_avg", torch.zeros(()))),
+        ("blm", wrong(*MOMENTS, "step", torch.zeros(3))),
+        ("blm", wrong(*MOMENTS, "step", torch.tensor(-1.0))),  # Adam would divide by 1 - beta^0
+        ("blm", wrong(*MOMENTS, "step", torch.tensor(float("nan")))),
+        ("blm", wrong(*MOMENTS, "exp_avg", torch.zeros(3, SIDE, SIDE, dtype=torch.int64))),
+        ("blm", wrong(*MOMENTS, "momentum_buffer", torch.zeros(3, SIDE, SIDE))),
+    ],
+)
 def test_state_of_another_run(name, change):
     state = trained(name).state_dict()
     trainer(name).load_state_dict(state)
@@ -320,11 +333,19 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize("metrics", [
-    [], {}, [3], [{"epoch": 1, "test_accuracy": 0.5}], [{"epoch": 0}], [{"epoch": 0, "test_accuracy": "0.5"}],
-    [{"epoch": 0, "test_accuracy": float("nan")}],
-    [{"epoch": 0, "test_accuracy": 0.5}, {"epoch": 0, "test_accuracy": 0.5}],
-])
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [],
+        {},
+        [3],
+        [{"epoch": 1, "test_accuracy": 0.5}],
+        [{"epoch": 0}],
+        [{"epoch": 0, "test_accuracy": "0.5"}],
+        [{"epoch": 0, "test_accuracy": float("nan")}],
+        [{"epoch": 0, "test_accuracy": 0.5}, {"epoch": 0, "test_accuracy": 0.5}],
+    ],
+)
 def test_metrics_that_are_none(tmp_path, metrics):
     checkpoint = {"kind": "vm", "settings": settings(tmp_path).settings, "metrics": metrics, **trained().state_dict()}
     write_checkpoint(tmp_path / "last.safetensors", checkpoint)

@@ -70,7 +70,7 @@ def test_evaluation_prediction_and_export_agree(lda_run, tmp_path, capsys):
     logits, labels = evaluate.test_logits(run)
     assert float((logits.argmax(1) == labels).double().mean()) == accuracy
     images = run.system.task.test.images[:3].permute(0, 3, 1, 2).float() / 255
-    (embeddings, mapped), = run.logits([images])
+    ((embeddings, mapped),) = run.logits([images])
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(embeddings @ run.system.mapping.weights + run.system.mapping.bias, mapped)
 
@@ -124,10 +124,13 @@ def test_given_shrinkage_and_few_images(arguments, tmp_path):
     assert mapping.shrinkage == float(arguments[1]) or arguments[0] == "--shots"
 
 
-@pytest.mark.parametrize("build_system, config, settings, source", [
-    (build.build_clip, VLMConfig, {"backbone": "tiny-test"}, 32),
-    (build.build_vision, VMConfig, {"backbone": "timm:test_resnet", "canvas_size": 64}, 1000),
-])
+@pytest.mark.parametrize(
+    "build_system, config, settings, source",
+    [
+        (build.build_clip, VLMConfig, {"backbone": "tiny-test"}, 32),
+        (build.build_vision, VMConfig, {"backbone": "timm:test_resnet", "canvas_size": 64}, 1000),
+    ],
+)
 def test_what_does_not_fit_into_memory_is_refused_before_it_starts(
     build_system, config, settings, source, tmp_path, monkeypatch
 ):

@@ -16,7 +16,10 @@ from tools.training import checkpoint as checkpoints
 from tools.training.run_folder import Run, check_writable, load_checkpoint, read_config, summarise
 
 CONTENT = {
-    "class names": ["ant", "bee"], "train images": "0123", "weights": "4567", "prompt templates": ["a {}.", "{}"],
+    "class names": ["ant", "bee"],
+    "train images": "0123",
+    "weights": "4567",
+    "prompt templates": ["a {}.", "{}"],
 }
 
 
@@ -48,22 +51,41 @@ def finished(results, command=(), **more):
 
 # ---- names ----
 
-@pytest.mark.parametrize("given, name", [
-    ({}, "digits/resnet18_padding_blmpp_seed0"),
-    ({"epochs": 20}, "digits/resnet18_padding_blmpp_seed0_epochs=20"),
-    ({"epochs": 200, "batch_size": 16, "lr": 0.01}, "digits/resnet18_padding_blmpp_seed0"),  # what the recipe says
-    ({"batch_size": 256}, "digits/resnet18_padding_blmpp_seed0_batch_size=256"),  # the default, not the recipe's
-    ({"mapping": "BLM+", "seed": 3, "lr": 0.5}, "digits/resnet18_padding_blmpp_seed3_lr=0.5"),
-    ({"bayes": False, "laplace": 2.0}, "digits/resnet18_padding_blmpp_seed0_laplace=2.0_bayes=false"),
-    ({"precision": "bf16", "train_fraction": 0.5},
-     "digits/resnet18_padding_blmpp_seed0_train_fraction=0.5_precision=bf16"),
-    ({"engine": "plain", "deterministic": True, "device": "cuda", "workers": 2, "tensorboard": True, "overwrite": True,
-      "on_nonfinite": "skip", "data_path": "/elsewhere"}, "digits/resnet18_padding_blmpp_seed0"),  # rounding and place
-    ({"weights": "/lab/weights/net a.pth"}, "digits/resnet18_padding_blmpp_seed0_weights=net-a.pth"),
-    ({"dataset": "folder:/data/My Flowers", "backbone": "timm:a/b.c"},
-     "folder-My-Flowers/timm-a-b.c_padding_blmpp_seed0"),
-    ({"dataset": "folder:/data/deep/.."}, "folder-data/resnet18_padding_blmpp_seed0"),
-])
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ({}, "digits/resnet18_padding_blmpp_seed0"),
+        ({"epochs": 20}, "digits/resnet18_padding_blmpp_seed0_epochs=20"),
+        ({"epochs": 200, "batch_size": 16, "lr": 0.01}, "digits/resnet18_padding_blmpp_seed0"),  # what the recipe says
+        ({"batch_size": 256}, "digits/resnet18_padding_blmpp_seed0_batch_size=256"),  # the default, not the recipe's
+        ({"mapping": "BLM+", "seed": 3, "lr": 0.5}, "digits/resnet18_padding_blmpp_seed3_lr=0.5"),
+        ({"bayes": False, "laplace": 2.0}, "digits/resnet18_padding_blmpp_seed0_laplace=2.0_bayes=false"),
+        (
+            {"precision": "bf16", "train_fraction": 0.5},
+            "digits/resnet18_padding_blmpp_seed0_train_fraction=0.5_precision=bf16",
+        ),
+        (
+            {
+                "engine": "plain",
+                "deterministic": True,
+                "device": "cuda",
+                "workers": 2,
+                "tensorboard": True,
+                "overwrite": True,
+                "on_nonfinite": "skip",
+                "data_path": "/elsewhere",
+            },
+            "digits/resnet18_padding_blmpp_seed0",
+        ),  # rounding and place
+        ({"weights": "/lab/weights/net a.pth"}, "digits/resnet18_padding_blmpp_seed0_weights=net-a.pth"),
+        (
+            {"dataset": "folder:/data/My Flowers", "backbone": "timm:a/b.c"},
+            "folder-My-Flowers/timm-a-b.c_padding_blmpp_seed0",
+        ),
+        ({"dataset": "folder:/data/deep/.."}, "folder-data/resnet18_padding_blmpp_seed0"),
+    ],
+)
 def test_folder_name(given, name):
     assert VMConfig.of(**{"dataset": "digits", "results_path": "results"} | given).folder == Path("results/vm") / name
 
@@ -85,6 +107,7 @@ def test_long_names_stay_apart_and_within_what_file_systems_take():
 
 
 # ---- saving ----
+
 
 def test_epochs_come_back_and_best_is_the_first_of_equals(tmp_path):
     run, checkpoint = opened(tmp_path)
@@ -127,6 +150,7 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path, capsys, damage):
 
 # ---- what is refused, and what goes on ----
 
+
 def test_other_settings_are_refused_and_listed(tmp_path):
     """Names tell them apart; what is told here is a folder that was renamed or edited by hand."""
     run, _ = opened(tmp_path)
@@ -150,13 +174,16 @@ def test_rounding_settings_only_tell(tmp_path):
     assert Run(settings(tmp_path, engine="plain", overwrite=True), ["--overwrite"]).other_rounding() == []
 
 
-@pytest.mark.parametrize("name, now, said", [
-    ("class names", ["ant", "wasp"], r"other class names \('bee', now 'wasp'\); "),
-    ("class names", ["ant"], r"other class names \(2, now 1\); "),
-    ("train images", "9999", "other train images; "),
-    ("weights", "9999", "other weights; "),
-    ("prompt templates", ["a {}.", "an {}."], r"other prompt templates \('{}', now 'an {}.'\); "),
-])
+@pytest.mark.parametrize(
+    "name, now, said",
+    [
+        ("class names", ["ant", "wasp"], r"other class names \('bee', now 'wasp'\); "),
+        ("class names", ["ant"], r"other class names \(2, now 1\); "),
+        ("train images", "9999", "other train images; "),
+        ("weights", "9999", "other weights; "),
+        ("prompt templates", ["a {}.", "an {}."], r"other prompt templates \('{}', now 'an {}.'\); "),
+    ],
+)
 def test_other_content_is_refused_by_name(tmp_path, name, now, said):
     """While the run goes on as when it is finished."""
     run, _ = opened(tmp_path)
@@ -195,14 +222,19 @@ def test_every_start_is_noted(tmp_path):
 EMPTY = {"format": 2, "kind": "vm", "settings": {}, "distinct": {}, "content": {}, "starts": []}
 
 
-@pytest.mark.parametrize("config, said", [
-    ({"settings": {}, "versions": {}}, r"is of an older version of this project \(format 1, expected 2\)"),
-    ({"format": 3}, r"is of a newer version of this project \(format 3, expected 2\)"),
-    (EMPTY, "is no config.json of"),
-    (EMPTY | {"starts": [3]}, "is no config.json of"),
-    (EMPTY | {"settings": [], "starts": [{}]}, "is no config.json of"),
-    ({"format": "2"}, "is no config.json of"), ([], "is no config.json of"), (3, "is no config.json of"),
-])
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"settings": {}, "versions": {}}, r"is of an older version of this project \(format 1, expected 2\)"),
+        ({"format": 3}, r"is of a newer version of this project \(format 3, expected 2\)"),
+        (EMPTY, "is no config.json of"),
+        (EMPTY | {"starts": [3]}, "is no config.json of"),
+        (EMPTY | {"settings": [], "starts": [{}]}, "is no config.json of"),
+        ({"format": "2"}, "is no config.json of"),
+        ([], "is no config.json of"),
+        (3, "is no config.json of"),
+    ],
+)
 def test_config_of_another_version_or_none(tmp_path, config, said):
     cfg = settings(tmp_path)
     cfg.folder.mkdir(parents=True)
@@ -217,11 +249,21 @@ def test_config_of_another_version_or_none(tmp_path, config, said):
 
 # ---- --overwrite ----
 
+
 def test_overwrite_removes_all_that_a_run_and_the_tools_wrote(tmp_path):
     folder = finished(tmp_path)
     assert Run(settings(tmp_path)).result["final_accuracy"] == 0.1
-    old = ("model.pt2", "model.onnx", "model.onnx.data", "evaluation.json", "evaluation-best.json", "confusion.csv",
-           "events.out.tfevents.1.host", ".x.tmp", "damaged.safetensors")
+    old = (
+        "model.pt2",
+        "model.onnx",
+        "model.onnx.data",
+        "evaluation.json",
+        "evaluation-best.json",
+        "confusion.csv",
+        "events.out.tfevents.1.host",
+        ".x.tmp",
+        "damaged.safetensors",
+    )
     for name in old:
         (folder / name).write_text("of the old run")
     (folder / "figures").mkdir()
@@ -267,6 +309,7 @@ def test_overwrite_acts_once_per_start(tmp_path):
 
 # ---- log.txt ----
 
+
 def test_log_keeps_every_line_from_before_the_folder_was_held_and_across_starts(tmp_path):
     for start in ("first", "second"):
         run = Run(settings(tmp_path))
@@ -281,6 +324,7 @@ def test_log_keeps_every_line_from_before_the_folder_was_held_and_across_starts(
 
 
 # ---- the lock, full disks, processes that vanish ----
+
 
 def test_lock_dies_with_its_owner(tmp_path):
     program = (
@@ -327,6 +371,7 @@ def test_cut_off_between_any_two_file_operations(tmp_path, monkeypatch, call):
                 raise KeyboardInterrupt
             seen.append(function.__name__)
             return function(*args)
+
         return wrapped
 
     with monkeypatch.context() as patched:

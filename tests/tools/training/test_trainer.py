@@ -21,16 +21,30 @@ CPU, ALL = torch.device("cpu"), ",".join(SWITCHES)
 
 def trainer(tmp_path, mapping="blmpp", engine=ALL, reprogramming="padding", seed=0, epochs=4):
     settings = VMConfig.of(
-        dataset="digits", train_fraction=0.07, backbone="efficientnet_lite0", canvas_size=64, mapping=mapping,
-        seed=seed, reprogramming=reprogramming, results_path=str(tmp_path), epochs=epochs, batch_size=24, engine=engine,
+        dataset="digits",
+        train_fraction=0.07,
+        backbone="efficientnet_lite0",
+        canvas_size=64,
+        mapping=mapping,
+        seed=seed,
+        reprogramming=reprogramming,
+        results_path=str(tmp_path),
+        epochs=epochs,
+        batch_size=24,
+        engine=engine,
     )
     system = build_vision(settings, CPU)
     # At 0 the whole canvas around the image is one grey, for which this network has a ReLU6 whose input, 4e-7, is
     # within rounding of its kink: either side of it is right, and Adam's first step doubles the difference.
     torch.nn.init.normal_(system.input_vr.program, std=0.1, generator=torch.Generator().manual_seed(seed))
     return Trainer(
-        system.network, system.input_vr.program, system.mapping, system.loaders(24, seed),
-        torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", epochs,
+        system.network,
+        system.input_vr.program,
+        system.mapping,
+        system.loaders(24, seed),
+        torch.optim.Adam([system.input_vr.program], lr=0.01),
+        "steps",
+        epochs,
     )
 
 
@@ -112,7 +126,10 @@ def test_defaults_and_recipes():
     assert (vm.epochs, vm.batch_size, vm.lr, vm.seed, vm.laplace, vm.topk_ratio) == (200, 256, 0.01, 0, 1.0, 0.15)
     assert fast.settings == vm.settings
     assert (vlm.reprogramming, vlm.backbone, vlm.weights, vlm.lr) == (
-        "watermarking", "ViT-B-32-quickgelu", "openai", 40.0
+        "watermarking",
+        "ViT-B-32-quickgelu",
+        "openai",
+        40.0,
     )
     assert RECIPES.keys() == {"dtd", "oxfordpets", "digits"}
     assert parse(VMConfig, "", ["--dataset", "dtd"]).batch_size == 64
@@ -147,11 +164,26 @@ def test_twenty_real_flowers(tmp_path, mapping, expected, seeds):
     write_flowers_subset(tmp_path / "flowers102", range(10, 30))
     final = []
     for seed in range(seeds):
-        train_vm.main([
-            "--dataset", "flowers102", "--data-path", str(tmp_path), "--mapping", mapping, "--backbone",
-            "efficientnet_lite0", "--batch-size", "64", "--epochs", "10", "--seed", str(seed), "--results-path",
-            str(tmp_path / "results"),
-        ])
+        train_vm.main(
+            [
+                "--dataset",
+                "flowers102",
+                "--data-path",
+                str(tmp_path),
+                "--mapping",
+                mapping,
+                "--backbone",
+                "efficientnet_lite0",
+                "--batch-size",
+                "64",
+                "--epochs",
+                "10",
+                "--seed",
+                str(seed),
+                "--results-path",
+                str(tmp_path / "results"),
+            ]
+        )
         name = f"efficientnet_lite0_padding_{mapping}_seed{seed}_epochs=10_batch_size=64"
         result = json.loads((tmp_path / "results" / "vm" / "flowers102" / name / "result.json").read_text())
         final.append(result["final_accuracy"])
@@ -164,10 +196,20 @@ def test_twenty_real_flowers(tmp_path, mapping, expected, seeds):
 def test_the_first_command_of_the_readme(tmp_path):
     import train_vm
 
-    train_vm.main([
-        "--dataset", "digits", "--backbone", "efficientnet_lite0", "--canvas-size", "128", "--epochs", "6",
-        "--results-path", str(tmp_path),
-    ])
+    train_vm.main(
+        [
+            "--dataset",
+            "digits",
+            "--backbone",
+            "efficientnet_lite0",
+            "--canvas-size",
+            "128",
+            "--epochs",
+            "6",
+            "--results-path",
+            str(tmp_path),
+        ]
+    )
     (path,) = (tmp_path / "vm" / "digits").glob("*/result.json")
     result = json.loads(path.read_text())
     print(result)
@@ -190,10 +232,23 @@ def test_final_accuracy_of_three_seeds_fast_and_plain(tmp_path, dataset):
     final = {}
     for engine in (ALL, "plain"):
         for seed in range(3):
-            train_vm.main([
-                "--dataset", dataset, "--backbone", "efficientnet_lite0", "--mapping", "blmpp", "--seed", str(seed),
-                "--engine", engine, "--results-path", str(tmp_path / engine[:5]), *options,
-            ])
+            train_vm.main(
+                [
+                    "--dataset",
+                    dataset,
+                    "--backbone",
+                    "efficientnet_lite0",
+                    "--mapping",
+                    "blmpp",
+                    "--seed",
+                    str(seed),
+                    "--engine",
+                    engine,
+                    "--results-path",
+                    str(tmp_path / engine[:5]),
+                    *options,
+                ]
+            )
             (path,) = (tmp_path / engine[:5] / "vm" / dataset).glob(f"*_seed{seed}_*/result.json")
             final.setdefault(engine, []).append(json.loads(path.read_text())["final_accuracy"])
     print(final)
@@ -208,13 +263,25 @@ def test_fast_path_trains_as_well_as_the_plain_path(tmp_path):
     for seed in range(16):
         for engine in ("plain", ALL):
             settings = VMConfig.of(
-                dataset="digits", train_fraction=0.4, backbone="efficientnet_lite0", canvas_size=64, seed=seed,
-                results_path=str(tmp_path), epochs=8, batch_size=16, engine=engine,
+                dataset="digits",
+                train_fraction=0.4,
+                backbone="efficientnet_lite0",
+                canvas_size=64,
+                seed=seed,
+                results_path=str(tmp_path),
+                epochs=8,
+                batch_size=16,
+                engine=engine,
             )
             system = build_vision(settings, CPU)
             run = Trainer(
-                system.network, system.input_vr.program, system.mapping, system.loaders(16, seed),
-                torch.optim.Adam([system.input_vr.program], lr=0.01), "steps", 8,
+                system.network,
+                system.input_vr.program,
+                system.mapping,
+                system.loaders(16, seed),
+                torch.optim.Adam([system.input_vr.program], lr=0.01),
+                "steps",
+                8,
             )
             for epoch in range(8):
                 run.estimate(epoch)

@@ -22,8 +22,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def test_trajectory(name, engine):
     stored = np.load(Path(REFERENCE) / "trajectory.npz")
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 5, 4), nn.Tanh(), nn.Conv2d(16, 32, 3, 2), nn.Tanh(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 20),
+        nn.Conv2d(3, 16, 5, 4),
+        nn.Tanh(),
+        nn.Conv2d(16, 32, 3, 2),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 20),
     )
     net.load_state_dict({key: torch.from_numpy(stored[f"net.{key}"]) for key in net.state_dict()})
     vr, mapping = PaddingVR(64, 16, MEAN, STD), build_mapping(name, 20, 6, laplace=1.0)
