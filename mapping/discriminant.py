@@ -54,7 +54,7 @@ def within_covariance(counts, means, scatter):
     return torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device), False
 
 
-def memory_needed(num_source, num_target, tuned):
+def memory_needed(num_source, num_target, tuned, prior=False):
     """Bytes that statistics and estimate take at their highest, rounded up.
 
     Parameters
@@ -63,11 +63,14 @@ def memory_needed(num_source, num_target, tuned):
         S and T.
     tuned : bool
         Whether by `tuned_lda`.
+    prior : bool
+        Whether with a prior, which makes it `tuned_lda`.
     """
     square, table = num_source**2, num_source * num_target
-    if not tuned:
+    if not tuned and not prior:
         return 8 * (7 * square + 4 * table) + 2**26
-    return 8 * (10 * square + 6 * table) + 8 * SAMPLE_SIZE * (5 * num_source + 3 * num_target) + 2**28
+    more = 8 * (2 * table + 7 * SAMPLE_SIZE * num_target) if prior else 0
+    return 8 * (10 * square + 6 * table) + 8 * SAMPLE_SIZE * (5 * num_source + 3 * num_target) + 2**28 + more
 
 
 def lda(counts, means, covariance, shrinkage):
@@ -99,12 +102,21 @@ def lda(counts, means, covariance, shrinkage):
     return weights, _bias(counts, means, weights)
 
 
-def tuned_lda(counts, means, covariance, rows, labels):
+def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, candidates=CANDIDATES):
     """`lda` with shrinkage and temperature chosen by its leave-one-out decisions.
 
     The shrinkage is the one of `CANDIDATES` with the fewest leave-one-out errors, and among equals the least log-loss.
     Gaussian class models in many dimensions are far too sure of themselves, so ω and b are divided by the temperature,
     1 or above, that makes the leave-one-out log-loss least. It changes no decision.
+
+    A prior adds its own logits, those of a classifier that has seen none of the samples (after Wang et al., "A
+    Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR 2024, who weigh the two on a validation set):
+
+        logits(x) = (x @ ω + b) / τ + β x @ prior,
+
+    with the τ, 1 or above, and the β, from 0 to 1, that make the leave-one-out log-loss least together. The shrinkage
+    is then the one with the fewest errors of the sum. Without the prior, β = 0, there must be fewer errors by more than
+    chance makes of such a count, two standard deviations, for it to be left out.
 
     Parameters
     ----------
@@ -114,30 +126,54 @@ def tuned_lda(counts, means, covariance, rows, labels):
     labels : Tensor, (m,) int64
         Samples that `counts`, `means` and `covariance` are made from, not necessarily all. If none has a label with two
         samples, the shrinkage is 1/2, and the temperature the mean squared distance of the class means from their mean
-        under the shrunk covariance: as unsure as one must be.
+        under the shrunk covariance: as unsure as one must be. β is then the best for the prior alone, which has seen
+        none of the samples.
+    known : bool
+        From `within_covariance`. If not, no sample can be left out either.
+    prior : Tensor, (S, T) float64, optional
+    candidates : tuple of float in [0, 1]
+        Of shrinkage; a single one is given, not chosen.
 
     Returns
     -------
     weights, bias : Tensor
         As from `lda`.
     shrinkage, temperature : float
+    prior_weight : float
+        β; only with a prior.
     """
     values, vectors = torch.linalg.eigh(covariance)
     share = (counts / counts.sum()).double()
     centre = share @ means  # distances are the same about any centre, and lose fewer digits about this one
     means_ts = (means - centre) @ vectors
-    judged = counts[labels] > 1
-    rows_ms, labels = (rows[judged].double() - centre) @ vectors, labels[judged]
-    if len(labels):
+    judged = (counts[labels] > 1) & known
+    prior_mt = None if prior is None else rows.double() @ prior
+    prior_weight = 0.0
+    if judged.any():
+        rows_ms, labels = (rows[judged].double() - centre) @ vectors, labels[judged]
         judge = partial(leave_one_out, counts, means_ts, values, rows_ms, labels)
-        errors = [int((judge(candidate).argmax(1) != labels).sum()) for candidate in CANDIDATES]
-        fewest = [candidate for candidate, count in zip(CANDIDATES, errors, strict=True) if count == min(errors)]
-        (_, temperature), shrinkage = min((_temperature(judge(candidate), labels), candidate) for candidate in fewest)
+        # Below the least of CANDIDATES a covariance without one of few samples is singular but for rounding.
+        judged_by = [max(c, CANDIDATES[0]) for c in candidates]
+        errors = [int((judge(c).argmax(1) != labels).sum()) for c in judged_by]
+        both = None
+        if prior is not None:
+            both = min((*_add_prior(judge(c), prior_mt[judged], labels), c) for c in judged_by)
+        if both is not None and min(errors) >= both[0] - 2 * math.sqrt(both[0]):
+            _, _, temperature, prior_weight, shrinkage = both
+        else:
+            fewest = [c for c, count in zip(judged_by, errors, strict=True) if count == min(errors)]
+            (_, temperature), shrinkage = min((_temperature(judge(c), labels), c) for c in fewest)
+        shrinkage = candidates[judged_by.index(shrinkage)]
     else:
-        shrinkage = 0.5
+        shrinkage = 0.5 if candidates is CANDIDATES else candidates[0]
         temperature = max(1.0, float(share @ (means_ts.square() @ _inverse(values, shrinkage))))
+        if prior is not None:
+            _, _, prior_weight = _weigh(torch.zeros_like(prior_mt), prior_mt, labels)
     weights, bias = _from_directions(counts, means, values, vectors, shrinkage)
-    return weights / temperature, bias / temperature, shrinkage, temperature
+    weights, bias = weights / temperature, bias / temperature
+    if prior is None:
+        return weights, bias, shrinkage, temperature
+    return weights + prior_weight * prior, bias, shrinkage, temperature, prior_weight
 
 
 def leave_one_out(counts, means, values, rows, labels, shrinkage):
@@ -196,6 +232,45 @@ def _temperature(scores, labels):
         low, high = (middle, high) if float((expected - own).sum()) < 0 else (low, middle)
     tau = math.exp(-(low + high) / 2)
     return float(torch.nn.functional.cross_entropy(scores / tau, labels)), tau
+
+
+def _add_prior(scores, prior, labels):
+    """Errors and least log-loss of ``scores / τ + β prior``, and those τ and β."""
+    loss, temperature, prior_weight = _weigh(scores, prior, labels)
+    errors = int(((scores / temperature + prior_weight * prior).argmax(1) != labels).sum())
+    return errors, loss, temperature, prior_weight
+
+
+def _weigh(scores, prior, labels):
+    """Least mean log-loss of ``scores / τ + β prior`` over τ from 1 to a million and β from 0 to 1, and those τ and β.
+
+    Convex in (1/τ, β): Newton's method, in which a coordinate stays at a bound that it would leave the box by.
+    """
+    parts_kmt = torch.stack([scores, prior])
+    parts_kmt -= parts_kmt.gather(2, labels[None, :, None].expand(2, -1, 1))  # the loss is then a log-sum-exp alone
+    low, high = parts_kmt.new_tensor([1e-6, 0]), parts_kmt.new_tensor([1, 1])
+
+    def loss(point):
+        return float(torch.tensordot(point, parts_kmt, 1).logsumexp(1).mean())
+
+    point = low
+    least = loss(point)
+    for _ in range(100):
+        weighted_kmt = parts_kmt * torch.tensordot(point, parts_kmt, 1).softmax(1)
+        mean_km = weighted_kmt.sum(2)
+        slope = mean_km.mean(1)
+        curvature = (weighted_kmt.flatten(1) @ parts_kmt.flatten(1).T - mean_km @ mean_km.T) / len(labels)
+        free = torch.where(slope > 0, point > low, point < high)
+        curvature = torch.where(free & free[:, None], curvature, 0) + torch.diag(1e-12 + (~free).double())
+        step, size = torch.linalg.solve(curvature, torch.where(free, slope, 0)), 1.0
+        while (found := loss(new := (point - size * step).clamp(low, high))) >= least and size > 1e-6:
+            size /= 2
+        gain = least - found
+        if gain > 0:
+            point, least = new, found
+        if gain < 1e-12:
+            break
+    return least, float(1 / point[0]), float(point[1])
 
 
 def _from_directions(counts, means, values, vectors, shrinkage):

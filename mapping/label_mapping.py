@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .discriminant import lda, memory_needed, tuned_lda, within_covariance
+from .discriminant import CANDIDATES, lda, memory_needed, tuned_lda, within_covariance
 from .estimators import labels_without_mass, one_to_one
 from .moments import Moments
 from .statistics import Statistics
@@ -306,22 +306,30 @@ class LdaMapping(LabelMapping):
     shrinkage : float in [0, 1] or "auto"
         Of the covariance; "auto" chooses it, and a temperature, again in every `refresh`.
     iterative : bool
+    prior : Tensor, (S, T), optional
+        A classifier that has seen no training sample, whose logits ``logits @ prior`` are part of the mapping's. No
+        part of the state.
 
     Attributes
     ----------
     shrinkage, temperature : float
-        Those of the present mapping; a given shrinkage goes with temperature 1.
+        Those of the present mapping; a given shrinkage goes with temperature 1, unless there is a prior.
+    prior_weight : float or None
+        Chosen with the temperature, whether the shrinkage is given or not. None without a prior.
     """
 
     _fallback = "they are never predicted"
 
-    def __init__(self, name, num_source, num_target, shrinkage="auto", iterative=True):
-        super().__init__(name, num_source, num_target, Moments(num_source, num_target, sampled=shrinkage == "auto"))
-        self.iterative, self._given = iterative, shrinkage
-        self.memory_needed = memory_needed(num_source, num_target, tuned=shrinkage == "auto")
+    def __init__(self, name, num_source, num_target, shrinkage="auto", iterative=True, prior=None):
+        tuned = shrinkage == "auto" or prior is not None
+        super().__init__(name, num_source, num_target, Moments(num_source, num_target, sampled=tuned))
+        self.iterative, self._candidates = iterative, CANDIDATES if shrinkage == "auto" else (shrinkage,)
+        self._tuned = tuned
+        self.memory_needed = memory_needed(num_source, num_target, tuned, prior is not None)
+        self.register_buffer("_prior", prior, persistent=False)
         self.register_buffer("_weights", torch.zeros(num_source, num_target))
         self.register_buffer("_bias", torch.zeros(num_target))
-        self.register_buffer("_chosen", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("_chosen", torch.zeros(2 if prior is None else 3, dtype=torch.float64))
 
     @property
     def weights(self):
@@ -332,6 +340,11 @@ class LdaMapping(LabelMapping):
     def bias(self):
         self._check_ready()
         return self._bias
+
+    @property
+    def prior_weight(self):
+        self._check_ready()
+        return None if self._prior is None else float(self._chosen[2])
 
     @property
     def shrinkage(self):
@@ -345,7 +358,8 @@ class LdaMapping(LabelMapping):
 
     @property
     def note(self):
-        return f", shrinkage {self.shrinkage:.3g}, temperature {self.temperature:.3g}"
+        prior = "" if self._prior is None else f", prior weight {self.prior_weight:.3g}"
+        return f", shrinkage {self.shrinkage:.3g}, temperature {self.temperature:.3g}{prior}"
 
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
@@ -359,13 +373,16 @@ class LdaMapping(LabelMapping):
         seen = (moments.counts > 0).nonzero().flatten()
         counts, means = moments.counts[seen], moments.means[seen]
         covariance, known = within_covariance(counts, means, moments.scatter)
-        if self._given == "auto":
-            judges = len(moments.rows) if known else 0
-            labels = torch.searchsorted(seen, moments.labels[:judges])
-            weights, bias, *chosen = tuned_lda(counts, means, covariance, moments.rows[:judges], labels)
+        if self._tuned:
+            labels = torch.searchsorted(seen, moments.labels)
+            prior = None if self._prior is None else self._prior.to(means)[:, seen]
+            weights, bias, *chosen = tuned_lda(
+                counts, means, covariance, moments.rows, labels, known, prior, self._candidates
+            )
         else:
-            weights, bias = lda(counts, means, covariance, self._given)
-            chosen = self._given, 1.0
+            (shrinkage,) = self._candidates
+            weights, bias = lda(counts, means, covariance, shrinkage)
+            chosen = shrinkage, 1.0
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
         self._weights = torch.full_like(self._weights, 1 / self.num_source)
         self._bias = torch.full_like(self._bias, _NEVER)

@@ -61,8 +61,8 @@ def _posterior(laplace, bayes):
     return partial(bayesian, laplace=laplace) if bayes else frequencies
 
 
-def _lda(num_source, num_target, *, seed, shrinkage, iteration):
-    return LdaMapping("lda", num_source, num_target, shrinkage, iterative=iteration)
+def _lda(num_source, num_target, *, seed, shrinkage, iteration, prior=None):
+    return LdaMapping("lda", num_source, num_target, shrinkage, iterative=iteration, prior=prior)
 
 
 def _linear(num_source, num_target, *, seed, linear_variant):
@@ -80,11 +80,15 @@ class Method(NamedTuple):
         Those that are its own; mappings may share one.
     trained : bool
         Whether it has parameters for a gradient to train.
+    embedded : bool
+        Whether it reads a CLIP's image embedding in place of the logits, which are a linear image of it. `build` then
+        also takes a ``prior``, as `build_mapping` does.
     """
 
     build: Callable
     settings: tuple = ()
     trained: bool = False
+    embedded: bool = False
 
 
 # A new mapping is a new entry, in a file of its own if need be.
@@ -94,7 +98,7 @@ MAPPINGS = {
     "ilm": Method(_ilm, (ITERATION,)),
     "blm": Method(_blm, (LAPLACE, BAYES, ITERATION)),
     "blmpp": Method(_blmpp, (LAPLACE, TOPK_RATIO, BAYES, TOPK, ITERATION)),
-    "lda": Method(_lda, (SHRINKAGE, ITERATION)),
+    "lda": Method(_lda, (SHRINKAGE, ITERATION), embedded=True),
     "linear": Method(_linear, (LINEAR_VARIANT,), trained=True),
 }
 ALIASES = {"blm+": "blmpp", "blmp": "blmpp"}
@@ -142,7 +146,7 @@ def mapping_settings():
     return described
 
 
-def build_mapping(name, num_source, num_target, *, seed=0, **settings):
+def build_mapping(name, num_source, num_target, *, seed=0, prior=None, **settings):
     """Build a label mapping.
 
     Parameters
@@ -153,6 +157,8 @@ def build_mapping(name, num_source, num_target, *, seed=0, **settings):
         Pretrained labels S and downstream labels T; one-to-one mappings (rlm, flm, ilm) need S >= T.
     seed : int
         Of rlm's draw and linear's initial weights; torch's global generators are not touched.
+    prior : Tensor (S, T), optional
+        Of an `embedded` mapping (lda): a classifier that has seen no training sample, such as a CLIP's zero-shot one.
     **settings
         Any setting of any mapping (`mapping_settings`): ``laplace=1.0``, ``topk_ratio=0.15``, ``shrinkage="auto"``,
         ``linear_variant="none"``, ``bayes=True``, ``topk=True``, ``iteration=True``. Each is checked; those that are
@@ -166,7 +172,7 @@ def build_mapping(name, num_source, num_target, *, seed=0, **settings):
     Raises
     ------
     TypeError
-        No mapping has such a setting.
+        No mapping has such a setting, or this one takes no prior.
     ValueError
         Unknown name, a value out of range, S < T one-to-one, or an ablation of a mapping that has no such step.
     """
@@ -185,6 +191,8 @@ def build_mapping(name, num_source, num_target, *, seed=0, **settings):
             raise ValueError(f"{key}=False is an ablation of {named}, got mapping {name!r}; leave it True")
     method = MAPPINGS[name]
     own = {setting.name: settings.get(setting.name, setting.default) for setting in method.settings}
+    if prior is not None:
+        own["prior"] = prior
     return method.build(num_source, num_target, seed=seed, **own)
 
 

@@ -144,15 +144,7 @@ def describe(run):
 
 def _trace(run, images):
     system = run.system
-    backbone, head = system.classifier, system.mapping
-    if run.kind == "vlm":
-        net = system.classifier.net
-        with torch.no_grad():
-            weights, bias = net.fold(*system.mapping.affine())
-            backbone, head = net.image_encoder, nn.Linear(*weights.shape)
-            head.weight.copy_(weights.T)
-            head.bias.copy_(bias)
-    network = ReprogrammedClassifier(backbone, system.input_vr, head).eval()
+    network = ReprogrammedClassifier(system.net, system.input_vr, system.readout.as_module()).eval()
     batch = torch.export.Dim("batch", min=1)
     try:
         with torch.no_grad(), warnings.catch_warnings():

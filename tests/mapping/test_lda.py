@@ -1,6 +1,7 @@
 """The discriminant mapping by hand, against scikit-learn, against brute force, and at its edges."""
 
 import io
+import itertools
 import math
 import multiprocessing
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from scipy.optimize import minimize
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from mapping import build_mapping, discriminant, moments
@@ -201,17 +203,131 @@ def test_tuning_serves_samples_that_were_not_seen():
     assert loss < min(outcomes[0.001][1], outcomes[0.99][1])
 
 
+# With a prior
+
+
+def helpful_prior(logits, labels, num_target, share=0.7, scale=3.0):
+    """A classifier that is right on about this share of the samples, by way of logits that are its own."""
+    generator = torch.Generator().manual_seed(12)
+    said = torch.where(
+        torch.rand(len(labels), generator=generator) < share,
+        labels,
+        torch.randint(num_target, labels.shape, generator=generator),
+    )
+    hints = torch.nn.functional.one_hot(said, num_target).float()
+    prior = torch.cat([torch.zeros(logits.shape[1], num_target), scale * torch.eye(num_target)])
+    return torch.cat([logits, hints], 1), prior
+
+
+def test_prior_by_hand_where_nothing_can_be_left_out():
+    """Four classes of one image: the means' covariance is diag(4, 4), Σ_ρ the same for any ρ, τ = 8/4."""
+    logits = torch.tensor([[2.0, 2], [2, -2], [-2, 2], [-2, -2]])
+    prior = torch.tensor([[0.5, 0.5, -0.5, -0.5], [0.5, -0.5, 0.5, -0.5]])
+    for shrinkage in ("auto", 0.5):
+        mapping = estimated(logits, torch.arange(4), 4, shrinkage=shrinkage, prior=prior)
+        # Their own logit is 2, of the others' one is -2 and two are 0: surer is better, up to β = 1.
+        torch.testing.assert_close(mapping.weights, logits.T / 4 / 2 + prior)
+        torch.testing.assert_close(mapping.bias, torch.full((4,), (math.log(1 / 4) - 1) / 2))
+        chosen = mapping.shrinkage, mapping.temperature, mapping.prior_weight
+        assert chosen == (0.5, pytest.approx(2), pytest.approx(1))
+    wrong = estimated(logits, torch.arange(4), 4, prior=-prior)
+    assert wrong.prior_weight == 0 and "_prior" not in wrong.state_dict()
+
+
+def test_weighing_by_hand():
+    """Rows on which one of the two speaks alone: log odds of a thing right three times in four are log 3."""
+    scores, prior, labels = torch.zeros(8, 2).double(), torch.zeros(8, 2).double(), torch.zeros(8).long()
+    scores[:4, 0], prior[4:, 0] = 5, 2
+    labels[[0, 4]] = 1
+    loss, temperature, prior_weight = discriminant._weigh(scores, prior, labels)
+    assert (temperature, prior_weight) == (pytest.approx(5 / math.log(3)), pytest.approx(math.log(3) / 2))
+    assert loss == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1e3])
+@pytest.mark.parametrize("truth", [(0.0, 0.0), (0.3, 0.7), (0.05, 0.0), (0.0, 0.6), (4.0, 0.5), (0.2, 3.0)])
+def test_weights_are_those_of_the_least_log_loss(truth, scale):
+    generator = torch.Generator().manual_seed(round(10 * scale))
+    scores, prior = torch.randn(2, 300, 7, generator=generator, dtype=torch.float64)
+    prior = (prior + scores) * 2
+    labels = (truth[0] * scores + truth[1] * prior).softmax(1).multinomial(1, generator=generator)[:, 0]
+    scores = scale * scores
+    loss, temperature, prior_weight = discriminant._weigh(scores, prior, labels)
+
+    def at(point):
+        logits = torch.from_numpy(point[0] * scores.numpy() + point[1] * prior.numpy())
+        return float(torch.nn.functional.cross_entropy(logits, labels))
+
+    assert loss == pytest.approx(at((1 / temperature, prior_weight)), abs=1e-9)
+    assert 1 <= temperature <= 1000001 and 0 <= prior_weight <= 1
+    theirs = [minimize(at, (x, y), bounds=((1e-6, 1), (0, 1)), tol=1e-12).fun for x, y in ((0.01, 0.1), (0.5, 0.9))]
+    assert loss < min(theirs) + 1e-7
+
+
+@pytest.mark.parametrize("shrinkage", ["auto", 0.3])
+def test_prior_and_images_together_beat_each_alone(shrinkage):
+    generator = torch.Generator().manual_seed(13)
+    labels = torch.randint(5, (1200,), generator=generator)
+    images = torch.randn(5, 30, generator=generator)[labels] * 0.4 + torch.randn(1200, 30, generator=generator)
+    logits, prior = helpful_prior(images, labels, 5, share=0.5)
+    mapping = estimated(logits[:200], labels[:200], 5, shrinkage=shrinkage, prior=prior)
+    alone = estimated(images[:200], labels[:200], 5, shrinkage=shrinkage)
+    new, truth = logits[200:], labels[200:]
+    outcomes = [
+        (float((scores.argmax(1) == truth).double().mean()), float(torch.nn.functional.cross_entropy(scores, truth)))
+        for scores in (mapping(new), alone(images[200:]), new @ prior)
+    ]
+    assert outcomes[0][0] > max(accuracy for accuracy, _ in outcomes[1:]) + 0.02
+    assert outcomes[0][1] < min(loss for _, loss in outcomes[1:])
+    assert mapping.temperature > 1 and 0 < mapping.prior_weight < 1 and (shrinkage in ("auto", mapping.shrinkage))
+    counts, means, covariance = direct(logits[:200], labels[:200], 5)
+    weights, bias = lda(counts, means, covariance, mapping.shrinkage)
+    expected = weights / mapping.temperature + mapping.prior_weight * prior
+    torch.testing.assert_close(mapping.weights.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mapping.bias.double(), bias / mapping.temperature, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prior_of_noise_is_left_out():
+    logits, labels = task(14, n=2000, distance=0.5)
+    prior = 5 * torch.randn(12, 5, generator=torch.Generator().manual_seed(2))
+    with_prior, without = estimated(logits, labels, 5, prior=prior), estimated(logits, labels, 5)
+    assert with_prior.prior_weight < 0.02
+    agree = with_prior(logits).argmax(1) == without(logits).argmax(1)
+    assert float(agree.double().mean()) > 0.98
+
+
+def test_images_of_noise_leave_nothing_to_be_sure_of():
+    _, labels = task(15, n=2000)
+    noise, prior = torch.randn(2000, 12, generator=torch.Generator().manual_seed(3)), torch.randn(12, 5)
+    mapping = estimated(noise, labels, 5, prior=prior)
+    assert mapping.prior_weight < 0.05
+    shares = labels.bincount(minlength=5) / 2000
+    assert float((mapping(noise).softmax(1) - shares).abs().max()) < 0.15
+
+
+def test_few_images_do_not_harm_a_good_prior():
+    """Two samples of each of ten classes in 400 dimensions, and a prior that is right nine times in ten."""
+    labels = torch.arange(10).repeat(100)
+    noise = torch.randn(1000, 400, generator=torch.Generator().manual_seed(4))
+    logits, prior = helpful_prior(noise, labels, 10, share=0.9)
+    mapping = estimated(logits[:20], labels[:20], 10, prior=prior)
+    accuracy = [float((scores.argmax(1) == labels).double().mean()) for scores in (mapping(logits), logits @ prior)]
+    assert accuracy[0] > accuracy[1] - 0.01 and mapping.prior_weight > 0.3 and mapping.temperature > 2
+
+
 # Edges
 
 
+@pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("shrinkage", [0, *SHRINKAGES])
-def test_absent_labels_are_never_predicted(shrinkage):
+def test_absent_labels_are_never_predicted(shrinkage, with_prior):
     logits, labels = task(8, num_target=3)
-    mapping = build_mapping("lda", 12, 6, shrinkage=shrinkage)
+    prior = torch.randn(12, 6, generator=torch.Generator().manual_seed(5)) if with_prior else None
+    mapping = build_mapping("lda", 12, 6, shrinkage=shrinkage, prior=prior)
     mapping.observe(logits, 2 * labels)
     with pytest.warns(UserWarning, match="lda: no training sample of .* labels 1, 3, 5; they are never predicted"):
         mapping.refresh()
-    present = estimated(logits, labels, 3, shrinkage=shrinkage)
+    present = estimated(logits, labels, 3, shrinkage=shrinkage, prior=prior[:, ::2] if with_prior else None)
     assert mapping.weights[:, ::2].equal(present.weights) and mapping.bias[::2].equal(present.bias)
     mapped = mapping(1000 * logits)
     assert mapped.isfinite().all() and set(mapped.argmax(1).tolist()) <= {0, 2, 4}
@@ -220,10 +336,12 @@ def test_absent_labels_are_never_predicted(shrinkage):
 
 @pytest.mark.parametrize("shrinkage", [0, *SHRINKAGES])
 @pytest.mark.parametrize("n, num_source, num_target", [(1, 4, 3), (2, 4, 1), (5, 3, 40), (20, 50, 4), (30, 1, 2)])
+@pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.filterwarnings("ignore:lda")
-def test_few_samples_labels_or_logits(n, num_source, num_target, shrinkage):
+def test_few_samples_labels_or_logits(n, num_source, num_target, shrinkage, with_prior):
     logits, labels = task(9, n, num_source, num_target)
-    mapping = estimated(logits, labels, num_target, shrinkage=shrinkage)
+    prior = torch.ones(num_source, num_target) if with_prior else None
+    mapping = estimated(logits, labels, num_target, shrinkage=shrinkage, prior=prior)
     assert mapping.weights.isfinite().all() and mapping.bias.isfinite().all()
     assert set(mapping(logits).argmax(1).tolist()) <= set(labels.tolist())
 
@@ -274,7 +392,7 @@ def test_precision_of_logits(dtype):
     assert estimated(logits, labels, 5).weights.allclose(expected.weights, rtol=1e-4)
 
 
-def peak_of_an_estimate(num_source, num_target, shrinkage):
+def peak_of_an_estimate(num_source, num_target, shrinkage, prior):
     """By how many bytes the process exceeds, at its highest, what it holds after a small estimate."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -288,16 +406,20 @@ def peak_of_an_estimate(num_source, num_target, shrinkage):
     estimated(logits[:, :50], labels % 10, 10, shrinkage=shrinkage)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
-    estimated(logits, labels, num_target, shrinkage=shrinkage)
+    estimated(logits, labels, num_target, shrinkage=shrinkage, prior=prior)
     return peak() - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("num_source, num_target, shrinkage", [(1000, 20, 0.1), (1000, 20, "auto"), (300, 600, "auto")])
-def test_memory_is_what_it_says(num_source, num_target, shrinkage):
-    mapping = build_mapping("lda", num_source, num_target, shrinkage=shrinkage)
+@pytest.mark.parametrize("num_source, num_target, shrinkage, with_prior", [
+    (1000, 20, 0.1, False), (1000, 20, "auto", False), (300, 600, "auto", False), (300, 1500, "auto", True),
+    (300, 600, 0.1, True),
+])  # fmt: skip
+def test_memory_is_what_it_says(num_source, num_target, shrinkage, with_prior):
+    prior = torch.zeros(num_source, num_target) if with_prior else None
+    mapping = build_mapping("lda", num_source, num_target, shrinkage=shrinkage, prior=prior)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak = pool.apply(peak_of_an_estimate, (num_source, num_target, shrinkage))
+        peak = pool.apply(peak_of_an_estimate, (num_source, num_target, shrinkage, prior))
     assert peak < mapping.memory_needed < 4 * peak + 2**28
 
 
@@ -312,23 +434,25 @@ def test_memory_of_21841_pretrained_labels_is_known_beforehand():
 
 @pytest.mark.parametrize("shrinkage", SHRINKAGES)
 @pytest.mark.parametrize("sample_size", [30, 2048])
-def test_resumed_in_mid_epoch(shrinkage, sample_size, monkeypatch):
+@pytest.mark.parametrize("prior", [None, torch.eye(12, 5)], ids=["alone", "prior"])
+def test_resumed_in_mid_epoch(shrinkage, sample_size, prior, monkeypatch):
     monkeypatch.setattr(moments, "SAMPLE_SIZE", sample_size)
     logits, labels = task(10)
-    whole = build_mapping("lda", 12, 5, shrinkage=shrinkage)
+    whole = build_mapping("lda", 12, 5, shrinkage=shrinkage, prior=prior)
     for batch in zip(logits[:100].split(20), labels[:100].split(20), strict=True):
         whole.observe(*batch)
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
     file.seek(0)
-    resumed = build_mapping("lda", 12, 5, shrinkage=shrinkage)
+    resumed = build_mapping("lda", 12, 5, shrinkage=shrinkage, prior=prior)
     resumed.observe(logits, labels)  # what it held is replaced
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for mapping in (whole, resumed):
         mapping.observe(logits[100:], labels[100:])
         mapping.refresh()
     assert resumed.weights.equal(whole.weights) and resumed.bias.equal(whole.bias)
-    assert (resumed.shrinkage, resumed.temperature) == (whole.shrinkage, whole.temperature)
+    for name in ("shrinkage", "temperature", "prior_weight"):
+        assert getattr(resumed, name) == getattr(whole, name)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -352,8 +476,8 @@ def estimate_on_a_rank(rank, address, folder):
     share = (slice(0, 130), slice(130, 200), slice(0, 0))[rank]
     results = []
     for moments.SAMPLE_SIZE in (30, 2048):
-        for shrinkage in SHRINKAGES:
-            mapping = build_mapping("lda", 12, 5, shrinkage=shrinkage)
+        for shrinkage, prior in itertools.product(SHRINKAGES, (None, torch.eye(12, 5))):
+            mapping = build_mapping("lda", 12, 5, shrinkage=shrinkage, prior=prior)
             mapping.observe(logits[share], labels[share])
             mapping.all_reduce_statistics()
             mapping.refresh()
@@ -369,8 +493,8 @@ def test_one_process_or_three(tmp_path, monkeypatch):
     results = iter(zip(*ranks, strict=True))
     for sample_size in (30, 2048):
         monkeypatch.setattr(moments, "SAMPLE_SIZE", sample_size)
-        for shrinkage in SHRINKAGES:
-            expected = estimated(*task(11), 5, shrinkage=shrinkage)
+        for shrinkage, prior in itertools.product(SHRINKAGES, (None, torch.eye(12, 5))):
+            expected = estimated(*task(11), 5, shrinkage=shrinkage, prior=prior)
             (weights, bias, chosen), *others = next(results)
             assert all(weights.equal(w) and bias.equal(b) for w, b, _ in others)
             torch.testing.assert_close(weights, expected.weights, rtol=1e-6, atol=1e-7)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data import BatchLoader, Task, image_size, load_task
+from data.memory import available_memory
 from data.presets import clip_preset, padding_preset, watermarking_test_preset, watermarking_train_preset
 from data.text import build_prompts, read_templates
 from mapping import MAPPINGS, LabelMapping, build_mapping
@@ -30,12 +31,14 @@ class System:
     task: Task  # a set that was not asked for is None
     classifier: Classifier
     input_vr: InputVR
-    network: torch.nn.Module
+    net: torch.nn.Module  # the classifier, or a CLIP's image tower
+    network: torch.nn.Module  # the same behind the input VR, run fast
     mapping: LabelMapping
     readout: Readout  # from what the network gives to logits
     presets: tuple  # of training and test images
     device: torch.device
     content: dict  # what the run reads, by name: fingerprints and lists of names that tell it from something else
+    source_names: list | None  # of what the mapping reads: pretrained labels, or the numbers of an embedding
     zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
     def loaders(self, batch_size, seed):
@@ -118,8 +121,13 @@ def build_clip(settings, device, splits=SPLITS, class_names=None):
     task = _load(settings, presets, splits, class_names)
     with distributed.main_process_first():
         classifier = clip.classifier(build_prompts(task.class_names, templates), cache_path, device)
-    encoder, readout = classifier.net.image_encoder, partial(ClipReadout, net=classifier.net)
-    system = _join(settings, device, classifier, encoder, input_vr, presets, task, readout)
+    readout, embedded = partial(ClipReadout, net=classifier.net), {}
+    if MAPPINGS[settings.mapping].embedded:
+        # A logit_bias would add the same to all labels: nothing to a decision or a probability.
+        prior = classifier.net.logit_scale.exp() * classifier.zero_shot_classifiers()["ensemble"]
+        readout, embedded = Readout, {"prior": prior, "source_names": [f"embedding {d}" for d in range(len(prior))]}
+    encoder = classifier.net.image_encoder
+    system = _join(settings, device, classifier, encoder, input_vr, presets, task, readout, **embedded)
     system.content["prompt templates"] = list(classifier.prompts.templates)
     if task.test is not None:
         unchanged = task.test if presets[1] == own else _load(settings, (None, own), ("test",)).test
@@ -178,15 +186,22 @@ def _difference(task, class_names):
     return f"{now!r} instead of {then!r}"
 
 
-def _join(settings, device, classifier, net, input_vr, presets, task, readout):
-    """Build mapping and network around the given parts and put everything on ``device``."""
+def _join(settings, device, classifier, net, input_vr, presets, task, readout, prior=None, source_names=None):
+    """Build mapping and network around the given parts and put everything on ``device``.
+
+    A mapping with a ``prior`` (D, T) reads what ``net`` gives, D numbers called ``source_names``, else the logits.
+    """
+    num_source = classifier.num_source if prior is None else len(prior)
     mapping = build_mapping(
         settings.mapping,
-        classifier.num_source,
+        num_source,
         task.num_target,
         seed=settings.seed,
+        prior=prior,
         **own_settings(MAPPINGS[settings.mapping], settings),
     ).to(device)
+    if task.train is not None:
+        _check_memory(mapping, device)
     classifier, input_vr = classifier.to(device), input_vr.to(device)
     parts = {"auto": list(SWITCHES), "plain": []}
     network = build_network(net, input_vr, switches=parts.get(settings.engine, settings.engine.split(",")))
@@ -195,7 +210,18 @@ def _join(settings, device, classifier, net, input_vr, presets, task, readout):
         content[f"{split} images"] = fingerprint[:16]
     if settings.weights is not None and Path(settings.weights).is_file():
         content["weights"] = _digest(settings.weights)
-    return System(task, classifier, input_vr, network, mapping, readout(mapping), presets, device, content)
+    names = source_names or classifier.source_names
+    return System(task, classifier, input_vr, net, network, mapping, readout(mapping), presets, device, content, names)
+
+
+def _check_memory(mapping, device):
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if mapping.memory_needed > free:
+        raise ValueError(
+            f"estimating --mapping {mapping.name} from {mapping.num_source} pretrained and {mapping.num_target} "
+            f"downstream labels needs {mapping.memory_needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are "
+            "free; take --mapping blmpp, or for lda a number as --shrinkage, which needs less"
+        )
 
 
 def _digest(path):

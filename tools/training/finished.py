@@ -45,9 +45,9 @@ class FinishedRun:
 
     @property
     def source_names(self):
-        """Names of the S pretrained labels; their numbers where the backbone came without names."""
-        names = self.system.classifier.source_names
-        return names or [f"label {s}" for s in range(self.system.classifier.num_source)]
+        """Names of what the mapping reads, most often the S pretrained labels: their numbers where the backbone came
+        without names; ``embedding 17`` for a mapping of a CLIP's image embedding."""
+        return self.system.source_names or [f"label {s}" for s in range(self.system.mapping.num_source)]
 
     @property
     def epoch(self):
@@ -139,7 +139,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     precision = settings.precision if target.type == "cuda" else "auto"  # tf32 also rounds what is tested
     set_up_arithmetic(target, choose_precision(precision, target), settings.deterministic)
     system = BUILDERS[kind](settings, target, splits, state["class_names"])
-    if kind == "vlm" and system.classifier.source_names != state["source_names"]:
+    if kind == "vlm" and system.source_names != state["source_names"]:
         raise ValueError(f"{folder} was trained with other prompts than {settings.templates} makes; restore that file")
     _compare(folder, content, system.content)
     _load_state(folder, path, system, state)

@@ -3,14 +3,14 @@
 A vision model gives the S pretrained logits, which the mapping turns into T downstream ones. A CLIP's logits are a
 linear image of its D-dimensional image embedding, and so is what any linear mapping makes of them: its network gives
 embeddings, the mapping is folded into a (D, T) matrix, and the S logits (32,157 per image for sun397) are formed for
-estimating alone.
+estimating alone. A mapping of the embedding itself (lda) needs none of that.
 """
 
 import torch
 
 
 class Readout:
-    """Of a vision model: the network's outputs are the pretrained logits.
+    """Of a vision model, whose outputs are the pretrained logits, or of a mapping that reads what the network gives.
 
     Attributes
     ----------
@@ -22,12 +22,16 @@ class Readout:
         self.mapping, self.width = mapping, mapping.num_source
 
     def pretrained(self, outputs):
-        """Pretrained logits (n, S) of the network's outputs (n, width)."""
+        """Pretrained logits (n, S), or whatever else the mapping reads, of the network's outputs (n, width)."""
         return outputs
 
     def downstream(self, outputs):
         """Downstream logits (n, T), float32, of the network's outputs; differentiable as the mapping is."""
         return self.mapping(outputs)
+
+    def as_module(self):
+        """A module that does what `downstream` does, with the mapping as it is now."""
+        return self.mapping
 
     def hold(self):
         """Note that the mapping stays as it is until the next call."""
@@ -57,6 +61,14 @@ class ClipReadout(Readout):
             weights, bias = self._folded
         with torch.autocast(outputs.device.type, enabled=False):
             return torch.addmm(bias, outputs.float(), weights)
+
+    def as_module(self):
+        self.hold()
+        weights, bias = self._folded
+        linear = torch.nn.Linear(*weights.shape).requires_grad_(False)
+        linear.weight.copy_(weights.T)
+        linear.bias.copy_(bias)
+        return linear
 
     @torch.no_grad()
     def hold(self):

@@ -189,7 +189,7 @@ class Session:
                         **self.extra_results,
                         "history": self._history,
                         "class_names": self.task.class_names,
-                        "source_names": self.system.classifier.source_names,
+                        "source_names": self.system.source_names,
                     },
                 )
         else:
