@@ -269,7 +269,7 @@ def load_task(
     cache_path : str, Path or None
         Folder for decoded images; made when first needed. None keeps no cache.
     workers : int
-        Decoding threads; 0 takes one a core. The result does not depend on it.
+        Decoding threads; 0 takes one per core. The result does not depend on it.
     train_fraction : float
         In (0, 1]: the share of each class's training samples to use, rounded half up, at least one.
     shots : int, optional
@@ -310,7 +310,7 @@ def load_task(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation fraction is {validation_fraction}, expected 0 or more and below 1")
     if workers < 0:
-        raise ValueError(f"workers is {workers}, expected 0 (one a core) or more")
+        raise ValueError(f"workers is {workers}, expected 0 (one per core) or more")
     opened = open_task(name, data_path)
     class_names = [clean_class_name(each) for each in opened.class_names]
     # the smaller split first: what is wrong with it shows before the larger one is decoded
