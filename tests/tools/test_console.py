@@ -100,6 +100,20 @@ def test_ctrl_c_during_the_set_up_of_a_training_run(tmp_path):
 # ---- nobody reads on ----
 
 
+@pytest.mark.parametrize("descriptors", [(1,), (2,), (1, 2)])
+def test_closed_by_the_shell(descriptors):
+    """``command >&-``: Python has None in place of the stream."""
+    code = "import sys\nfrom tools.console import user_errors\nwith user_errors():\n    print('text', file=sys.stderr)"
+    code += "\n    print('text')\n    sys.stderr.write('text')"
+
+    def close():
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=close)
+    assert outcome.returncode == 0
+
+
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["found at the end", "found at once"])
 def test_closed_pipe(lines):
     code = f"from tools.console import user_errors\nwith user_errors():\n    [print('text') for _ in range({lines})]"
