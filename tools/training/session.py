@@ -65,7 +65,10 @@ class Session:
             self._stack.enter_context(one_line_warnings(self._warn))
             self.system = system = self._build(cfg, device)
             self.task, self.mapping = system.task, system.mapping
-            self._leave_a_finished_run(system)
+            self.result = self._finished_result(system)
+        if self.result is not None:
+            self.trainer, self.first_epoch = None, max(1, cfg.epochs)
+            return
         loaders = system.loaders(cfg.batch_size, cfg.seed)
         self.log(
             f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
@@ -102,10 +105,11 @@ class Session:
             self._go_on_from(checkpoint, rounding)
         self.log(f"run folder: {cfg.folder}; ready after {time.perf_counter() - start:.1f} s")
 
-    def _leave_a_finished_run(self, system):
+    def _finished_result(self, system):
+        """The result of a run that is finished already; None where something is left to do."""
         result = distributed.by_main_process(lambda: self.run.result)
         if result is None:
-            return
+            return None
         distributed.by_main_process(lambda: self.run.refuse_other_content(system.content))
         rounding = "; ".join(self.run.other_rounding())
         note = f" ({rounding})" if rounding else ""
@@ -113,7 +117,7 @@ class Session:
             f"{self.cfg.folder} is finished{note}: {result['final_accuracy']:.2%} final accuracy; "
             "--overwrite starts from scratch"
         )
-        sys.exit(0)
+        return result
 
     def _go_on_from(self, checkpoint, rounding):
         self.run.metrics = checkpoint["metrics"]
@@ -138,6 +142,8 @@ class Session:
 
     def measure_zero_shot(self):
         """Measure what a CLIP does without reprogramming; it goes into the log and ``result.json``."""
+        if self.result is not None:
+            return
         if "zero_shot" not in self.extra_results:
             accuracy = distributed.by_main_process(
                 lambda: self.system.zero_shot_accuracy(self.cfg.batch_size, self.trainer.check_stop_here)
@@ -215,7 +221,9 @@ class Session:
         return self.mapping.weights.clone() if self.mapping.trainable else self.mapping.weights
 
     def finish(self):
-        """Write ``result.json`` and say what came out."""
+        """Write ``result.json`` and say what came out; a dict of what it holds."""
+        if self.result is not None:
+            return self.result
         result = summarise(self.cfg.settings, self.run.metrics) | self.extra_results
         if self.trainer.skipped_steps:
             result["skipped_steps"] = self.trainer.skipped_steps
@@ -233,6 +241,7 @@ class Session:
             f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
             f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}"
         )
+        return result
 
     def __exit__(self, kind, error, traceback):
         try:
