@@ -1,8 +1,9 @@
 """From what a network gives to pretrained and downstream logits.
 
-A vision model gives the S pretrained logits, which the mapping turns into T downstream ones. A CLIP's logits are a linear
-image of its D-dimensional image embedding, and so is what any linear mapping makes of them: its network gives embeddings,
-the mapping is folded into a (D, T) matrix, and the S logits (32,157 per image for sun397) are formed for estimating alone.
+A vision model gives the S pretrained logits, which the mapping turns into T downstream ones. A CLIP's logits are a
+linear image of its D-dimensional image embedding, and so is what any linear mapping makes of them: its network gives
+embeddings, the mapping is folded into a (D, T) matrix, and the S logits (32,157 per image for sun397) are formed for
+estimating alone.
 """
 
 import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import UnreadableImage
-from tools.console import one_line_warnings, user_errors
+from tools.console import MainProcessFailed, one_line_warnings, user_errors
 from tools.training import distributed
 from tools.training.numerics import choose_device, choose_precision, set_up_arithmetic
 from tools.training.run_folder import Run, check_writable, checkpoint_path, summarise
@@ -251,6 +251,9 @@ class Session:
                     "the same command goes on from there"
                 )
                 sys.exit(128 + error.signum)
+            if isinstance(error, MainProcessFailed):  # which says why itself, as where it was stopped alone at work
+                signum = self.trainer.should_stop()
+                sys.exit(128 + signum if signum else 2)
             if isinstance(error, NonFiniteError):
                 count = len(self.run.metrics)
                 kept = f"{checkpoint_path(self.run.folder)} ({count} epochs)" if count else "none yet"
@@ -283,7 +286,7 @@ def _distance(weights, previous):
 
 
 def _heaviest(weights):
-    """The pretrained labels of most weight, above or below 0, in each column of ω, (T, at most 10), and those weights."""
+    """The pretrained labels of most weight, of either sign, in each column of ω, (T, at most 10), and those weights."""
     if weights.dim() == 1:
         return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
     labels = weights.abs().topk(min(_HISTORY_LABELS, len(weights)), dim=0).indices
