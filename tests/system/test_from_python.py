@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
+import torch
 
 from data.files import read_json
 from tests.system.processes import PARTS, ROOT, folder_of
+from tools.training.run_folder import read_config
 from tools.training.trainer import Trainer
 
 
@@ -36,6 +38,15 @@ def test_main_in_a_thread_whatever_ctrl_c_does(tmp_path):
     finally:
         signal.signal(signal.SIGINT, earlier)
     assert result["epochs"] == 0
+
+
+def test_a_run_leaves_the_next_one_of_its_process_as_it_found_it(tmp_path):
+    command = ["--dataset", "synthetic", "--device", "cpu", "--mapping", "flm", "--epochs", "0", *PARTS["train_vm"]]
+    command += ["--results-path", str(tmp_path)]
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    import_module("train_vm").main([*command, "--threads", str(before[0] + 1), "--deterministic"])
+    assert read_config(folder_of(tmp_path) / "config.json")["starts"][0]["threads"] == before[0] + 1
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
 def test_exit_code_of_a_finished_run(tmp_path):

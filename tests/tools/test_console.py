@@ -121,6 +121,13 @@ def test_closed_pipe(lines):
     assert outcome.returncode == 141 and outcome.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_training_run_whose_output_goes_to_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        outcome = run("train_vm.py", *TINY, "--results-path", str(tmp_path), stdout=full)
+    assert outcome.returncode == 1 and outcome.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def test_command_whose_output_nobody_reads(vm_run, tmp_path):
     outcome = run_unread("-m", "tools.evaluate", str(vm_run), "--json", "--out", str(tmp_path))
     assert outcome.returncode == 141 and outcome.stderr == ""

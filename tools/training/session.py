@@ -59,6 +59,9 @@ class Session:
             precision = choose_precision(cfg.precision, device)
             self._stack.enter_context(distributed.process_group(device))
             self.main = distributed.rank() == 0
+            # the next run of this process begins as this one did
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+            self._stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             set_up_arithmetic(device, precision, cfg.deterministic, cfg.threads)
             check_writable(cfg.folder)
             self.run = Run(cfg, self._command)
@@ -133,8 +136,9 @@ class Session:
     def log(self, text):
         """Print a line and keep it in ``log.txt``, once whatever the number of processes."""
         if distributed.rank() == 0:
-            print(text, flush=True)
-            self.run.log(text)
+            with _failing_with_code_1():
+                print(text, flush=True)
+                self.run.log(text)
 
     def _warn(self, text):
         print(text, file=sys.stderr)
@@ -308,6 +312,8 @@ def _model_of(device):
 def _failing_with_code_1():
     try:
         yield
+    except BrokenPipeError:  # of `| head`, which is no failure
+        raise
     except OSError as error:  # a full disk, most often: nothing to fix in the command line
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
