@@ -98,6 +98,14 @@ def test_folder_name_of_the_other_scripts():
     assert folder == Path("results/vlm/digits") / name
 
 
+@pytest.mark.parametrize(
+    "given", [{"epochs": 2.5}, {"epochs": "3"}, {"seed": True}, {"canvas_size": 64.0}, {"lr": False}, {"laplace": "1"}]
+)
+def test_numbers_of_another_type_are_refused(given):
+    with pytest.raises(ValueError, match="must be .*, got"):
+        VMConfig.of(dataset="digits", **given)
+
+
 def test_long_names_stay_apart_and_within_what_file_systems_take():
     names = set()
     for last in "ab":
