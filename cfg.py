@@ -5,6 +5,7 @@
 
 import hashlib
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from keyword import iskeyword
 from pathlib import Path
 
 from data import check_dataset_name
@@ -17,7 +18,8 @@ RECIPES = {"dtd": {"batch_size": 64}, "oxfordpets": {"batch_size": 64}, "digits"
 
 # These are parts of every run folder's name; the others join it where they differ from the recipe.
 NAMED = ("dataset", "backbone", "reprogramming", "mapping", "seed")
-LONGEST_NAME = 200  # bytes of a run folder's name, which file systems limit to 255
+BUILT_FROM = {"num_source", "num_target", "image_size", "border", "mean", "std"}  # what parts are given beside settings
+LONGEST_NAME = 200  # bytes of the names of a run folder and that above it, which file systems limit to 255
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -212,10 +214,7 @@ class Config:
         parts = [f"{name}={_as_file_name(value)}" for name, value in self.distinct.items()]
         names = [_as_file_name(getattr(self, name)) for name in ("backbone", "reprogramming", "mapping")]
         name = "_".join([*names, f"seed{self.seed}", *parts])
-        if len(name.encode()) > LONGEST_NAME:
-            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-            name = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + "-" + digest
-        return Path(self.results_path) / self.kind / _as_file_name(self.dataset) / name
+        return Path(self.results_path) / self.kind / _shortened(_as_file_name(self.dataset)) / _shortened(name)
 
 
 def recipe(chosen):
@@ -245,6 +244,10 @@ def settings_of_parts():
             if known is not setting:
                 raise ValueError(f"two parts declare a setting {setting.name!r}; rename that of the plugin")
             users.append(part)
+    for name, (_, _, users) in found.items():
+        usable = name.isidentifier() and not iskeyword(name) and not name.startswith("_")
+        if not usable or name in BUILT_FROM or any(hasattr(config, name) for config in CONFIGS):
+            raise ValueError(f"{users[0]} declares a setting {name!r}, a name that is taken or none; rename it")
     return found
 
 
@@ -264,13 +267,21 @@ def _metadata(setting):
     return {key: value for key, value in vars(setting).items() if key not in ("name", "default")}
 
 
+def _shortened(name):
+    """A name that file systems take: where it is too long, its beginning and a digest of all of it."""
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + "-" + digest
+
+
 def _as_file_name(value):
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if text.startswith("folder:"):
         text = "folder-" + Path(text.removeprefix("folder:")).resolve().name
     elif Path(text).is_absolute():
         text = Path(text).name
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)
 
 
 _BACKBONE = f"{', '.join(BACKBONES)} or timm:<name>"

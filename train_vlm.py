@@ -7,7 +7,6 @@ Accuracy and time with CLIP's own weights are not measured.
 """
 
 import os
-import sys
 from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to others; read by torch
@@ -23,6 +22,7 @@ from tools.training.session import Session
 
 @no_traceback_when_stopped()
 def main(argv=None):
+    """Train, or go on, or find the run finished; its ``result.json`` as a dict."""
     with user_errors():
         cfg = parse(VLMConfig, __doc__, argv)
     sgd = partial(torch.optim.SGD, lr=cfg.lr, momentum=0.9)
@@ -34,8 +34,8 @@ def main(argv=None):
             seconds = trainer.estimate(epoch) if due else 0.0
             trained = trainer.train(epoch)
             session.end_epoch(epoch, seconds, trained, trainer.evaluate(epoch))
-        session.finish()
+        return session.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

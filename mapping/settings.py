@@ -70,6 +70,8 @@ class Setting:
                 allowed, holds = allowed or "True or False", isinstance(value, bool)
             elif self.choices:
                 allowed, holds = allowed or f"one of {', '.join(map(str, self.choices))}", value in self.choices
+            elif self.type in (int, float):  # a number, and a whole one where it must be
+                holds = self.type(str(value)) == value
             else:
                 holds = True
             holds = holds and bool(self.valid(value))

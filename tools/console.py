@@ -5,6 +5,7 @@ import difflib
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -37,8 +38,11 @@ class MainProcessFailed(ValueError):
 @contextmanager
 def no_traceback_when_stopped():
     """End quietly on Ctrl-C (exit code 130), and where stdout is a pipe that nobody reads, as of ``| head`` (141)."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # by tools/__init__.py, until the imports are done
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # by tools/__init__.py, while it imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell closed it, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         yield
         sys.stdout.flush()

@@ -39,7 +39,8 @@ def _run(script, arguments, log, environment):
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
     try:
-        sys.exit(import_module(script).main(arguments))
+        result = import_module(script).main(arguments)
+        sys.exit(result if isinstance(result, int) else 0)  # the scripts return what result.json holds
     finally:
         sys.stdout.flush()
 

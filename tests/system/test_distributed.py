@@ -53,6 +53,24 @@ def test_any_number_of_processes_gives_the_same(tmp_path, script, mapping, count
         torch.testing.assert_close(other["program"], checkpoint["program"], rtol=1e-3, atol=1e-4)
 
 
+def test_all_end_where_the_first_process_is_stopped_in_zero_shot(tmp_path):
+    results, stop = tmp_path / "results", tmp_path / "stop.py"
+    stop.write_text(
+        "import os, signal\n"
+        "from tools.training.build import System\n"
+        "measure = System.zero_shot_accuracy\n"
+        "def stopped(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return measure(*arguments)\n"
+        "System.zero_shot_accuracy = stopped\n"
+    )
+    processes = start_group(2, "train_vlm", results, *SHORT, "--mapping", "flm", "--plugin", stop)
+    codes = [finish(process) for process in processes]
+    log = log_of(results).read_text()
+    assert codes[0] == 143 and codes[1] in (2, 143), log
+    assert "SIGTERM received" in log and "Traceback" not in log
+
+
 def test_zero_shot_is_measured_by_the_first_process_alone_and_once(tmp_path):
     """The others wait for what it found; the data set's images go through the CLIP one time, not once a process."""
     results, arguments = tmp_path / "results", ["--mapping", "flm", "--batch-size", 16]

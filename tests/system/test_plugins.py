@@ -9,6 +9,7 @@ from PIL import Image
 
 import train_vm
 from data.files import read_json
+from mapping import MAPPINGS, Method, Setting
 from tests.system.processes import finish, start_module
 from tools.training.finished import load_run
 from tools.training.run_folder import load_checkpoint, read_config
@@ -193,6 +194,17 @@ def test_files_that_are_no_plugin(tmp_path, capsys, name, source, said):
     code, error = run_here(capsys, "--plugin", tmp_path / name, "--results-path", results)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
     assert not results.exists()
+
+
+@pytest.mark.parametrize("name", ["lr", "seed", "folder", "num_source", "class", "a-b", "_power"])
+def test_setting_of_a_name_that_is_taken_or_none(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setitem(MAPPINGS, "sharp", Method(None, (Setting(name, 2.0, "exponent"),)))
+    code, error = run_here(capsys, "--mapping", "sharp", "--results-path", tmp_path)
+    assert code == 2 and error == f"error: sharp declares a setting {name!r}, a name that is taken or none; rename it\n"
+
+
+def test_plugin_without_a_value_is_one_line(capsys):
+    assert run_here(capsys, "--plugin") == (2, "error: argument --plugin: expected one argument\n")
 
 
 def test_a_run_folder_starts_no_code(tmp_path, vm_run):

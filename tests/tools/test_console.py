@@ -100,11 +100,32 @@ def test_ctrl_c_during_the_set_up_of_a_training_run(tmp_path):
 # ---- nobody reads on ----
 
 
+@pytest.mark.parametrize("descriptors", [(1,), (2,), (1, 2)])
+def test_closed_by_the_shell(descriptors):
+    """``command >&-``: Python has None in place of the stream."""
+    code = "import sys\nfrom tools.console import user_errors\nwith user_errors():\n    print('text', file=sys.stderr)"
+    code += "\n    print('text')\n    sys.stderr.write('text')"
+
+    def close():
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=close)
+    assert outcome.returncode == 0
+
+
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["found at the end", "found at once"])
 def test_closed_pipe(lines):
     code = f"from tools.console import user_errors\nwith user_errors():\n    [print('text') for _ in range({lines})]"
     outcome = run_unread("-c", code)
     assert outcome.returncode == 141 and outcome.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_training_run_whose_output_goes_to_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        outcome = run("train_vm.py", *TINY, "--results-path", str(tmp_path), stdout=full)
+    assert outcome.returncode == 1 and outcome.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_command_whose_output_nobody_reads(vm_run, tmp_path):

@@ -248,6 +248,10 @@ def test_damaged_runs(broken, capsys):
         (broken / "config.json").write_text(text)
         assert words in refuse(capsys, evaluate, broken)
     (broken / "config.json").write_text(config)
+    for name, value in [("mapping", 5), ("backbone", None), ("shots", "x"), ("batch_size", "x"), ("weights", [])]:
+        change_settings(broken, **{name: value})
+        assert f"has {name} {value!r}, but last.safetensors" in refuse(capsys, evaluate, broken)
+        (broken / "config.json").write_text(config)
     change_settings(broken, canvas_size=96)
     assert "does not belong to the network" in refuse(capsys, evaluate, broken)
     change_settings(broken, canvas_size=64, dataset="digits")

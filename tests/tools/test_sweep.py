@@ -150,6 +150,7 @@ BAD_GRIDS = [
     ("seed: [1", "line 1 is no valid YAML"),
     ("seed: !!python/object/apply:os.system [touch hacked]", "no valid YAML"),
     ("dataset: ['folder:a/x', 'folder:b/x']", "/b/x share the run folder"),
+    ("weights: [/a/net.pth, /b/net.pth]", "weights /a/net.pth and /b/net.pth share the run folder"),
     ("- 1", "expected settings and their values, got list"),
     ("", "expected settings and their values, got NoneType"),
     ("dataset: ['folder:a/x', 'folder:a-x', 'folder:b/a-x']\nresults-path: /proc/version", "/proc/version"),

@@ -179,11 +179,13 @@ def expand(grid, elsewhere=False):
             if not elsewhere:
                 choose_precision(cell.cfg.precision, choose_device(cell.cfg.device))
             first = cells.setdefault(cell.folder, cell)
-            if first.cfg.dataset != cell.cfg.dataset:
-                raise ValueError(
-                    f"{first.cfg.dataset} and {cell.cfg.dataset} share the run folder {cell.folder}; give "
-                    "them names of their own, or each a --results-path"
-                )
+            ours, theirs = cell.cfg.that_affect("result"), first.cfg.that_affect("result")
+            for name in ours:
+                if ours[name] != theirs.get(name):
+                    raise ValueError(
+                        f"{name} {theirs.get(name)} and {ours[name]} share the run folder {cell.folder}; give "
+                        "them names of their own, or each a --results-path"
+                    )
     return list(cells.values())
 
 

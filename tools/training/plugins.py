@@ -4,10 +4,11 @@ A plugin runs only where a command names it with ``--plugin FILE``: a run folder
 ask for one but never start it.
 """
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
+
+from tools.console import Parser
 
 HELP = "the Python file of your own that the run was trained with"
 
@@ -39,7 +40,7 @@ def load_plugin(path):
 
 def load_plugin_of(argv):
     """Run the plugin that a command line names, before its other flags are read: it may declare some."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--plugin")
     known, _ = parser.parse_known_args(argv)
     if known.plugin is not None:

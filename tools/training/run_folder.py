@@ -245,7 +245,8 @@ class Run:
             raise ValueError(
                 f"--overwrite: {self.folder} also holds {', '.join(sorted(foreign)[:3])}, which no run wrote; move it"
             )
-        for path in sorted(entries, key=lambda path: path.name != "result.json"):  # from then on it is unfinished
+        # checkpoints first: cut off in between, what is left is a finished run or one without any, never one to go on
+        for path in sorted(entries, key=lambda path: path.suffix != ".safetensors"):
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import UnreadableImage
-from tools.console import one_line_warnings, user_errors
+from tools.console import MainProcessFailed, one_line_warnings, user_errors
 from tools.training import distributed
 from tools.training.numerics import choose_device, choose_precision, set_up_arithmetic
 from tools.training.run_folder import Run, check_writable, checkpoint_path, summarise
@@ -59,13 +59,19 @@ class Session:
             precision = choose_precision(cfg.precision, device)
             self._stack.enter_context(distributed.process_group(device))
             self.main = distributed.rank() == 0
+            # the next run of this process begins as this one did
+            self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+            self._stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             set_up_arithmetic(device, precision, cfg.deterministic, cfg.threads)
             check_writable(cfg.folder)
             self.run = Run(cfg, self._command)
             self._stack.enter_context(one_line_warnings(self._warn))
             self.system = system = self._build(cfg, device)
             self.task, self.mapping = system.task, system.mapping
-            self._leave_a_finished_run(system)
+            self.result = self._finished_result(system)
+        if self.result is not None:
+            self.trainer, self.first_epoch = None, max(1, cfg.epochs)
+            return
         loaders = system.loaders(cfg.batch_size, cfg.seed)
         self.log(
             f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
@@ -102,10 +108,11 @@ class Session:
             self._go_on_from(checkpoint, rounding)
         self.log(f"run folder: {cfg.folder}; ready after {time.perf_counter() - start:.1f} s")
 
-    def _leave_a_finished_run(self, system):
+    def _finished_result(self, system):
+        """The result of a run that is finished already; None where something is left to do."""
         result = distributed.by_main_process(lambda: self.run.result)
         if result is None:
-            return
+            return None
         distributed.by_main_process(lambda: self.run.refuse_other_content(system.content))
         rounding = "; ".join(self.run.other_rounding())
         note = f" ({rounding})" if rounding else ""
@@ -113,7 +120,7 @@ class Session:
             f"{self.cfg.folder} is finished{note}: {result['final_accuracy']:.2%} final accuracy; "
             "--overwrite starts from scratch"
         )
-        sys.exit(0)
+        return result
 
     def _go_on_from(self, checkpoint, rounding):
         self.run.metrics = checkpoint["metrics"]
@@ -129,8 +136,9 @@ class Session:
     def log(self, text):
         """Print a line and keep it in ``log.txt``, once whatever the number of processes."""
         if distributed.rank() == 0:
-            print(text, flush=True)
-            self.run.log(text)
+            with _failing_with_code_1():
+                print(text, flush=True)
+                self.run.log(text)
 
     def _warn(self, text):
         print(text, file=sys.stderr)
@@ -138,6 +146,8 @@ class Session:
 
     def measure_zero_shot(self):
         """Measure what a CLIP does without reprogramming; it goes into the log and ``result.json``."""
+        if self.result is not None:
+            return
         if "zero_shot" not in self.extra_results:
             accuracy = distributed.by_main_process(
                 lambda: self.system.zero_shot_accuracy(self.cfg.batch_size, self.trainer.check_stop_here)
@@ -215,7 +225,9 @@ class Session:
         return self.mapping.weights.clone() if self.mapping.trainable else self.mapping.weights
 
     def finish(self):
-        """Write ``result.json`` and say what came out."""
+        """Write ``result.json`` and say what came out; a dict of what it holds."""
+        if self.result is not None:
+            return self.result
         result = summarise(self.cfg.settings, self.run.metrics) | self.extra_results
         if self.trainer.skipped_steps:
             result["skipped_steps"] = self.trainer.skipped_steps
@@ -233,6 +245,7 @@ class Session:
             f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
             f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}"
         )
+        return result
 
     def __exit__(self, kind, error, traceback):
         try:
@@ -242,6 +255,9 @@ class Session:
                     "the same command goes on from there"
                 )
                 sys.exit(128 + error.signum)
+            if isinstance(error, MainProcessFailed):  # which says why itself, as where it was stopped alone at work
+                signum = self.trainer.should_stop()
+                sys.exit(128 + signum if signum else 2)
             if isinstance(error, NonFiniteError):
                 count = len(self.run.metrics)
                 kept = f"{checkpoint_path(self.run.folder)} ({count} epochs)" if count else "none yet"
@@ -296,6 +312,8 @@ def _model_of(device):
 def _failing_with_code_1():
     try:
         yield
+    except BrokenPipeError:  # of `| head`, which is no failure
+        raise
     except OSError as error:  # a full disk, most often: nothing to fix in the command line
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -59,6 +59,7 @@ def finished(results, command=(), **more):
         ({"epochs": 20}, "digits/resnet18_padding_blmpp_seed0_epochs=20"),
         ({"epochs": 200, "batch_size": 16, "lr": 0.01}, "digits/resnet18_padding_blmpp_seed0"),  # what the recipe says
         ({"batch_size": 256}, "digits/resnet18_padding_blmpp_seed0_batch_size=256"),  # the default, not the recipe's
+        ({"lr": 1e-20, "laplace": 1e20}, "digits/resnet18_padding_blmpp_seed0_lr=1e-20_laplace=1e+20"),
         ({"mapping": "BLM+", "seed": 3, "lr": 0.5}, "digits/resnet18_padding_blmpp_seed3_lr=0.5"),
         ({"bayes": False, "laplace": 2.0}, "digits/resnet18_padding_blmpp_seed0_laplace=2.0_bayes=false"),
         (
@@ -97,6 +98,14 @@ def test_folder_name_of_the_other_scripts():
     assert folder == Path("results/vlm/digits") / name
 
 
+@pytest.mark.parametrize(
+    "given", [{"epochs": 2.5}, {"epochs": "3"}, {"seed": True}, {"canvas_size": 64.0}, {"lr": False}, {"laplace": "1"}]
+)
+def test_numbers_of_another_type_are_refused(given):
+    with pytest.raises(ValueError, match="must be .*, got"):
+        VMConfig.of(dataset="digits", **given)
+
+
 def test_long_names_stay_apart_and_within_what_file_systems_take():
     names = set()
     for last in "ab":
@@ -104,6 +113,11 @@ def test_long_names_stay_apart_and_within_what_file_systems_take():
         assert len(name.encode()) <= 200
         names.add(name)
     assert len(names) == 2 and all(name.startswith("resnet18_padding_blm_seed0_") for name in names)
+
+
+def test_long_names_of_data_folders_stay_apart_and_within_what_file_systems_take():
+    folders = [settings("results", dataset="folder:/data/" + "ü" * 125 + last).folder.parent.name for last in "ab"]
+    assert folders[0] != folders[1] and all(len(name.encode()) <= 200 for name in folders)
 
 
 # ---- saving ----
@@ -305,6 +319,33 @@ def test_overwrite_acts_once_per_start(tmp_path):
     run, checkpoint = opened(tmp_path, command, overwrite=True)
     run.close()
     assert checkpoint is None and not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_cut_off_while_the_old_run_is_removed(tmp_path, monkeypatch, call):
+    """Before the ``call``-th file went: the same command never goes on with what is left of the finished run."""
+    command = ["--overwrite"]
+    finished(tmp_path, command)
+    removed, unlink = [], Path.unlink
+
+    def vanishing(path, **options):
+        if path.parent == run.folder:
+            if len(removed) == call:
+                raise KeyboardInterrupt
+            removed.append(path.name)
+        unlink(path, **options)
+
+    run = Run(settings(tmp_path, overwrite=True), command)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", vanishing)
+        try:
+            run.open(CONTENT)
+        except KeyboardInterrupt:
+            pass
+    run.close()
+    run, checkpoint = opened(tmp_path, command, overwrite=True)
+    run.close()
+    assert checkpoint is None and run.metrics == []
 
 
 # ---- log.txt ----
