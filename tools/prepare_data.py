@@ -292,7 +292,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
         quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are,
         unless their EXIF orientation turns them: records are read without it.
     workers : int
-        Decoding threads, 0 for one a core.
+        Decoding threads, 0 for one per core.
 
     Raises
     ------
@@ -414,7 +414,7 @@ def _first(items, separator=", ", limit=3):
 
 
 def _build_parser():
-    splits = "\n".join(f"  {name:12}{copy.split}" for name, copy in COPIES.items())
+    splits = "\n".join(f"  {name:14}{copy.split}" for name, copy in COPIES.items())
     parser = Parser(
         prog="python -m tools.prepare_data",
         usage="%(prog)s NAME [options]",
@@ -446,7 +446,7 @@ def _build_parser():
         type=int,
         default=0,
         metavar="N",
-        help="decoding threads, 0 for one a core (default: 0); the result does not depend on it",
+        help="decoding threads, 0 for one per core (default: 0); the result does not depend on it",
     )
     return parser
 
