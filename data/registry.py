@@ -108,7 +108,7 @@ def find_folder(name, data_path=None):
         if not any((folder / content).exists() for content in ("train", "train.lmdb")):
             folder /= moved
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; {name} is expected there")
+        raise FileNotFoundError(f"{folder} is not a folder; expected one that holds train/<class>/* and test/<class>/*")
     return folder
 
 
@@ -246,7 +246,7 @@ def load_task(
     cache_path : str, Path or None
         Folder for decoded images; made when first needed. None keeps no cache.
     workers : int
-        Decoding threads; 0 takes one a core. The result does not depend on it.
+        Decoding threads; 0 takes one per core. The result does not depend on it.
     train_fraction : float
         In (0, 1]: the share of each class's training samples to use, rounded half up, at least one.
     shots : int, optional
@@ -287,7 +287,7 @@ def load_task(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation fraction is {validation_fraction}, expected 0 or more and below 1")
     if workers < 0:
-        raise ValueError(f"workers is {workers}, expected 0 (one a core) or more")
+        raise ValueError(f"workers is {workers}, expected 0 (one per core) or more")
     opened = Opened(*info.open(name, data_path))
     class_names = [clean_class_name(each) for each in opened.class_names]
     if len(class_names) < 2:

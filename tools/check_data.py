@@ -37,7 +37,7 @@ def check_folder(path, name=None, workers=0):
     name : str, optional
         Data set whose published sizes are compared, where there are any.
     workers : int
-        Decoding threads, 0 for one a core.
+        Decoding threads, 0 for one per core.
 
     Returns
     -------
@@ -169,7 +169,7 @@ def main(argv=None):
         help="with --dataset: folder that holds the data sets (default: datasets), or a moved folder:PATH",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one a core (default: 0)"
+        "--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one per core (default: 0)"
     )
     parser.add_argument("--plugin", metavar="FILE", help="Python file that registers a data set of your own")
     load_plugin_of(argv)
@@ -191,11 +191,11 @@ def main(argv=None):
             summary, findings = check_folder(path, workers=arguments.workers)
         else:
             path = Path(arguments.path.removeprefix(FOLDER_PREFIX))
-            summary, findings = check_folder(path, path.resolve().name, arguments.workers)
+            summary, findings = check_folder(path, Path(os.path.realpath(path)).name, arguments.workers)
     print(summary)
     for finding in findings:
         print(f"- {finding}")
-    print("all is well" if not findings else f"{len(findings)} findings")
+    print("all is well" if not findings else f"{len(findings)} finding{'s' * (len(findings) > 1)}")
     return 1 if findings else 0
 
 
