@@ -11,7 +11,7 @@ from data.presets import (
     watermarking_test_preset,
     watermarking_train_preset,
 )
-from data.registry import DATASETS, DatasetInfo, Task, check_dataset_name, image_size, load_task
+from data.registry import DATASETS, DatasetInfo, Task, check_dataset_name, image_size, load_task, open_task
 from data.sources import ArraySource, FileSource
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "clip_preset",
     "image_size",
     "load_task",
+    "open_task",
     "padding_preset",
     "watermarking_test_preset",
     "watermarking_train_preset",

@@ -216,6 +216,29 @@ def image_size(name):
     return dataset_info(name).image_size
 
 
+def open_task(name, data_path):
+    """Open a data set and look at its folders and class names, but at no image.
+
+    Parameters
+    ----------
+    name, data_path
+        As `load_task` takes them.
+
+    Returns
+    -------
+    Opened
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The data set is unknown, missing or has one class only; what torchvision downloads is not looked for.
+    """
+    opened = Opened(*dataset_info(name).open(name, data_path))
+    if len(opened.class_names) < 2:
+        raise ValueError(f"{name} has the classes {opened.class_names}; expected two or more to tell apart")
+    return opened
+
+
 def load_task(
     name,
     data_path,
@@ -288,10 +311,8 @@ def load_task(
         raise ValueError(f"validation fraction is {validation_fraction}, expected 0 or more and below 1")
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 (one per core) or more")
-    opened = Opened(*info.open(name, data_path))
+    opened = open_task(name, data_path)
     class_names = [clean_class_name(each) for each in opened.class_names]
-    if len(class_names) < 2:
-        raise ValueError(f"{name} has the classes {class_names}; expected two or more to tell apart")
     # the smaller split first: what is wrong with it shows before the larger one is decoded
     parts = {"test": ("test", test_preset), "train": ("train", train_preset)}
     if validation_fraction and None not in (train_preset, test_preset):

@@ -9,6 +9,8 @@ import time
 import warnings
 from contextlib import contextmanager
 
+VERSION = "2.0.0"  # as in CHANGELOG.md
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors are one line, with the closest flag, and exit code 2."""
@@ -16,6 +18,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments, **options):
         options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | options
         super().__init__(*arguments, **options)
+        self.add_argument("--version", action="version", version=VERSION)
 
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ")

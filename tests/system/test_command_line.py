@@ -364,3 +364,12 @@ def test_every_setting_is_on_the_page_and_in_help(config):
 
 def test_the_page_of_flags_is_the_present_one():
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page(), "python cfg.py > docs/flags.md"
+
+
+def test_a_data_set_that_is_not_there_costs_no_download(tmp_path, monkeypatch, capsys):
+    import train_vm
+
+    monkeypatch.setattr("tools.training.build.build_classifier", lambda *_: pytest.fail("the weights were asked for"))
+    with pytest.raises(SystemExit) as caught:
+        train_vm.main(["--dataset", "flowers102", "--data-path", str(tmp_path), "--results-path", str(tmp_path / "r")])
+    assert caught.value.code == 2 and f"{tmp_path}/flowers102 is not a folder" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import BatchLoader, Task, image_size, load_task
+from data import BatchLoader, Task, image_size, load_task, open_task
 from data.memory import available_memory
 from data.presets import clip_preset, padding_preset, watermarking_test_preset, watermarking_train_preset
 from data.text import build_prompts, read_templates
@@ -93,6 +93,7 @@ def build_vision(settings, device, splits=SPLITS, class_names=None):
     ValueError, FileNotFoundError, OSError
         For what the user can fix, each in one line. Nothing is written before backbone and input VR are in order.
     """
+    _look_at_data(settings, splits)
     classifier = build_classifier(settings.backbone, settings.weights, settings.seed, settings.canvas_size)
     size = settings.canvas_size or classifier.input_size
     kind = REPROGRAMMING[settings.reprogramming]
@@ -110,6 +111,7 @@ def build_clip(settings, device, splits=SPLITS, class_names=None):
     """Build the parts of a run of a vision-language model; as `build_vision`."""
     cache_path = Path(settings.results_path) / "cache"
     templates = None if settings.templates is None else read_templates(settings.templates)
+    _look_at_data(settings, splits)
     clip = load_clip(settings.backbone, settings.weights, settings.seed)
     size = clip.input_size
     if settings.canvas_size not in (None, size):
@@ -153,6 +155,12 @@ def _input_vr(settings, classifier, canvas_size, border):
         std=classifier.std,
         **own_settings(REPROGRAMMING[settings.reprogramming], settings),
     )
+
+
+def _look_at_data(settings, splits):
+    """Find out that a data set is not there before weights are downloaded for it."""
+    if splits:
+        open_task(settings.dataset, settings.data_path or None)
 
 
 def _load(settings, presets, splits, class_names=None):
