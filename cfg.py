@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from keyword import iskeyword
 from pathlib import Path
@@ -176,7 +177,7 @@ class Config:
                     "are; leave it out"
                 )
             # as tools find them from any folder, and elsewhere by a --data-path of theirs
-            values["dataset"] = "folder:" + str(Path(values["dataset"].removeprefix("folder:")).resolve())
+            values["dataset"] = "folder:" + os.path.realpath(values["dataset"].removeprefix("folder:"))
             values["data_path"] = ""
         parts = {"mapping": MAPPINGS[values["mapping"]], "reprogramming": REPROGRAMMING[values["reprogramming"]]}
         own = {s.name: s for part in parts.values() for s in part.settings}
@@ -278,7 +279,7 @@ def _shortened(name):
 def _as_file_name(value):
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if text.startswith("folder:"):
-        text = "folder-" + Path(text.removeprefix("folder:")).resolve().name
+        text = "folder-" + os.path.basename(os.path.realpath(text.removeprefix("folder:")))
     elif Path(text).is_absolute():
         text = Path(text).name
     return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)

@@ -108,7 +108,7 @@ def find_folder(name, data_path=None):
         if not any((folder / content).exists() for content in ("train", "train.lmdb")):
             folder /= moved
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; {name} is expected there")
+        raise FileNotFoundError(f"{folder} is not a folder; expected one that holds train/<class>/* and test/<class>/*")
     return folder
 
 

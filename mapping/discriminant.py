@@ -42,7 +42,7 @@ def within_covariance(counts, means, scatter):
     known : bool
         Whether that is Σ.
     """
-    share = (counts / counts.sum()).double()
+    share = _share(counts)
     offset = means - share @ means
     within = float(scatter.trace() / counts.sum())
     between = float(share @ offset.square().sum(1))
@@ -143,7 +143,7 @@ def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, c
         β; only with a prior.
     """
     values, vectors = torch.linalg.eigh(covariance)
-    share = (counts / counts.sum()).double()
+    share = _share(counts)
     centre = share @ means  # distances are the same about any centre, and lose fewer digits about this one
     means_ts = (means - centre) @ vectors
     judged = (counts[labels] > 1) & known
@@ -202,7 +202,7 @@ def leave_one_out(counts, means, values, rows, labels, shrinkage):
     Tensor, (m, T) float64
     """
     inverse_s = _inverse(values, shrinkage)
-    prior_t = (counts / counts.sum()).double().log()
+    prior_t = _share(counts).log()
     size_m = counts[labels].double()
     norm_t = means.square() @ inverse_s
     block_rows = max(1, _BLOCK_CELLS // max(rows.shape[1], len(means)))
@@ -285,5 +285,9 @@ def _inverse(values, shrinkage):
     return torch.where(shrunk > smallest, 1 / shrunk, 0)
 
 
+def _share(counts):
+    return counts.double() / counts.sum()  # divided as integers it would be float32
+
+
 def _bias(counts, means, weights):
-    return (counts / counts.sum()).double().log() - (means.T * weights).sum(0) / 2
+    return _share(counts).log() - (means.T * weights).sum(0) / 2

@@ -25,7 +25,10 @@ ITERATION = Setting("iteration", True, "ablation: estimate ω once, before epoch
 
 
 def _auto_or_number(text):
-    return text if text == "auto" else float(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text  # "auto", or what its range refuses
 
 
 SHRINKAGE = Setting(

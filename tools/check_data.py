@@ -191,11 +191,11 @@ def main(argv=None):
             summary, findings = check_folder(path, workers=arguments.workers)
         else:
             path = Path(arguments.path.removeprefix(FOLDER_PREFIX))
-            summary, findings = check_folder(path, path.resolve().name, arguments.workers)
+            summary, findings = check_folder(path, Path(os.path.realpath(path)).name, arguments.workers)
     print(summary)
     for finding in findings:
         print(f"- {finding}")
-    print("all is well" if not findings else f"{len(findings)} findings")
+    print("all is well" if not findings else f"{len(findings)} finding{'s' * (len(findings) > 1)}")
     return 1 if findings else 0
 
 

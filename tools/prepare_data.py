@@ -414,7 +414,7 @@ def _first(items, separator=", ", limit=3):
 
 
 def _build_parser():
-    splits = "\n".join(f"  {name:12}{copy.split}" for name, copy in COPIES.items())
+    splits = "\n".join(f"  {name:14}{copy.split}" for name, copy in COPIES.items())
     parser = Parser(
         prog="python -m tools.prepare_data",
         usage="%(prog)s NAME [options]",

@@ -162,6 +162,9 @@ BAD = [
     (["--weights", "absent.pth"], ["absent.pth", "no such file"]),
     (["--dataset", "sun397"], ["sun397", "train.lmdb"]),
     (["--dataset", "folder:absent"], ["absent"]),
+    (["--mapping", "lda", "--shrinkage", "x"], ["--shrinkage must be auto or in [0, 1], got x"]),
+    (["--mapping", "lda", "--shrinkage", "2"], ["--shrinkage must be auto or in [0, 1], got 2"]),
+    (["--mapping", "blm", "--shrinkage", "0.5"], ["--shrinkage is for lda, but the mapping is blm"]),
     (["--mapping", "flm", "--no-bayes"], ["--no-bayes is for blm and blmpp, but the mapping is flm"]),
     (["--mapping", "blm", "--no-topk"], ["--no-topk is for blmpp"]),
     (["--mapping", "rlm", "--no-iteration"], ["--no-iteration is for ilm and blm and blmpp"]),
@@ -189,6 +192,35 @@ def test_bad_input(arguments, words, tmp_path, monkeypatch, capsys):
     for word in words:
         assert word in printed.err
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("flag, value, words", [
+    ("--dataset", "folder:loop", "loop is not a folder; expected one that holds train/<class>/*"),
+    ("--plugin", "loop", "loop: no such file"),
+])  # fmt: skip
+def test_links_that_form_a_loop(flag, value, words, tmp_path, monkeypatch, capsys):
+    import train_vm
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as caught:
+        train_vm.main(["--dataset", "synthetic", "--weights", "none", flag, value])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and words in error
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--reprogramming", "none"], r"final accuracy [\d.]+%"),
+    (["--epochs", "1"], r"final accuracy [\d.]+%; best on test [\d.]+% after epoch 1"),
+    (["--epochs", "1", "--validation-fraction", "0.25"],
+     r"final accuracy [\d.]+%; [\d.]+% after epoch 1, the best on validation"),
+])  # fmt: skip
+def test_last_line(more, words, tmp_path, capsys):
+    import train_vm
+
+    smallest = ["--dataset", "synthetic", "--weights", "none", "--canvas-size", "64", "--results-path", str(tmp_path)]
+    train_vm.main([*smallest, *more])
+    assert re.fullmatch(words, capsys.readouterr().out.splitlines()[-1])
 
 
 def test_results_path_with_a_file_in_the_way(tmp_path, capsys):

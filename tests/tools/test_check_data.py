@@ -130,6 +130,7 @@ BAD = [
     ([], "either PATH or --dataset"),
     (["a", "--dataset", "dtd"], "either PATH or --dataset"),
     (["absent"], "absent is no data set"),
+    (["loop"], "loop is no data set"),
     (["absent", "--data-path", "datasets"], "--data-path goes with --dataset"),
     (["--dataset", "folder:absent"], "absent is not a folder"),
     (["--dataset", "flower102"], "'flowers102'"),
@@ -141,6 +142,7 @@ BAD = [
 @pytest.mark.parametrize("arguments, words", BAD)
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(SystemExit) as caught:
         check_data.main(arguments)
     error = capsys.readouterr().err

@@ -606,6 +606,16 @@ def test_help(tool, capsys):
     assert caught.value.code == 0 and f"python -m {tool.__name__.removesuffix('.__main__')}" in capsys.readouterr().out
 
 
+def test_help_speaks_of_vision_models_and_clip(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "resnet18" in shown and "CLIP: an open_clip model name" in shown
+    with pytest.raises(SystemExit):
+        prepare_data.main(["--help"])
+    assert "fgvc_aircraft the official" in capsys.readouterr().out.replace("  ", " ")
+
+
 def test_from_a_shell():
     command = [sys.executable, "-m", "tools.sweep", "tools/sweep/grids/clip.yaml", "--seed", "0", "--dry-run"]
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=cells.ROOT)

@@ -14,7 +14,7 @@ one or several of the scripts, and ``variants`` is a list of smaller grids, each
 import difflib
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -29,7 +29,12 @@ SCRIPTS = {f"train_{config.kind}.py": config for config in CONFIGS}
 
 def known_settings():
     """The settings of all scripts together, a dict of name to `mapping.Setting`; those of a plugin included."""
-    return {name: setting for config in CONFIGS for name, setting in config.settings_of_all().items()}
+    described = {}
+    for setting in (setting for config in CONFIGS for setting in config.settings_of_all().values()):
+        known = described.get(setting.name, setting)
+        both = known.help if known.help == setting.help else f"{known.help}; CLIP: {setting.help}"
+        described[setting.name] = replace(setting, help=both)
+    return described
 
 
 @dataclass(frozen=True)

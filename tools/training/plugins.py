@@ -5,6 +5,7 @@ ask for one but never start it.
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def load_plugin(path):
     FileNotFoundError, ValueError
         No such file, or it fails; in one line.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))  # never fails, as resolve() does where links form a loop
     name = f"plugin {path}"
     if name in sys.modules:
         return

@@ -241,10 +241,11 @@ class Session:
         if self.main:
             with _failing_with_code_1():
                 self.run.finish(result)
-        self.log(
-            f"final accuracy {result['final_accuracy']:.2%}; best on {result.get('best_on', 'test')} "
-            f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}"
-        )
+        text = f"final accuracy {result['final_accuracy']:.2%}"
+        if result["epochs"]:
+            best = f"{result['best_accuracy']:.2%} after epoch {result['best_epoch'] + 1}"
+            text += f"; {best}, the best on validation" if "best_on" in result else f"; best on test {best}"
+        self.log(text)
         return result
 
     def __exit__(self, kind, error, traceback):
