@@ -383,6 +383,9 @@ class LdaMapping(LabelMapping):
             (shrinkage,) = self._candidates
             weights, bias = lda(counts, means, covariance, shrinkage)
             chosen = shrinkage, 1.0
+        # What all labels have in common decides nothing, but can be ten times what tells them apart: without it,
+        # large weights are those that matter, and float32 loses no digits to it.
+        weights, bias = weights - weights.mean(1, keepdim=True), bias - bias.mean()
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
         self._weights = torch.full_like(self._weights, 1 / self.num_source)
         self._bias = torch.full_like(self._bias, _NEVER)

@@ -55,6 +55,11 @@ def direct(logits, labels, num_target):
     return labels.bincount(minlength=num_target), means, distance.T @ distance / len(logits)
 
 
+def relative(values):
+    """To the mean over the labels, the last axis: a mapping leaves out what all of them have in common."""
+    return values - values.mean(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("shrinkage, weights, squares", [
     # Σ = diag(1, 0), tr(Σ)/2 = 1/2, means (1, 0) and (1, 4).
     (0.5, [[4 / 3, 4 / 3], [0, 16]], [4 / 3, 4 / 3 + 64]),  # Σ_ρ = diag(3/4, 1/4)
@@ -65,9 +70,9 @@ def test_by_hand(shrinkage, weights, squares):
     logits = torch.tensor([[0.0, 0], [2, 0], [0, 4], [2, 4], [0, 4], [2, 4]])
     mapping = estimated(logits, torch.tensor([0, 0, 1, 1, 1, 1]), 2, shrinkage=shrinkage)
     bias = torch.tensor([math.log(1 / 3), math.log(2 / 3)]) - torch.tensor(squares) / 2
-    torch.testing.assert_close(mapping.weights, torch.tensor(weights))
-    torch.testing.assert_close(mapping.bias, bias)
-    torch.testing.assert_close(mapping(logits), logits @ torch.tensor(weights) + bias)
+    torch.testing.assert_close(mapping.weights, relative(torch.tensor(weights)))
+    torch.testing.assert_close(mapping.bias, relative(bias))
+    torch.testing.assert_close(mapping(logits), relative(logits @ torch.tensor(weights) + bias))
     assert (mapping.shrinkage, mapping.temperature) == (shrinkage, 1)
 
 
@@ -227,7 +232,7 @@ def test_prior_by_hand_where_nothing_can_be_left_out():
         mapping = estimated(logits, torch.arange(4), 4, shrinkage=shrinkage, prior=prior)
         # Their own logit is 2, of the others' one is -2 and two are 0: surer is better, up to β = 1.
         torch.testing.assert_close(mapping.weights, logits.T / 4 / 2 + prior)
-        torch.testing.assert_close(mapping.bias, torch.full((4,), (math.log(1 / 4) - 1) / 2))
+        torch.testing.assert_close(mapping.bias, torch.zeros(4))
         chosen = mapping.shrinkage, mapping.temperature, mapping.prior_weight
         assert chosen == (0.5, pytest.approx(2), pytest.approx(1))
     wrong = estimated(logits, torch.arange(4), 4, prior=-prior)
@@ -283,8 +288,19 @@ def test_prior_and_images_together_beat_each_alone(shrinkage):
     counts, means, covariance = direct(logits[:200], labels[:200], 5)
     weights, bias = lda(counts, means, covariance, mapping.shrinkage)
     expected = weights / mapping.temperature + mapping.prior_weight * prior
-    torch.testing.assert_close(mapping.weights.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mapping.bias.double(), bias / mapping.temperature, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mapping.weights.double(), relative(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mapping.bias.double(), relative(bias) / mapping.temperature, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shrinkage", [1e-6, 1e-4, 0.1])
+def test_float32_loses_no_decision_to_what_labels_have_in_common(shrinkage):
+    logits, labels = task(3, 90, 300, 5)
+    logits = logits + 30
+    weights, bias = lda(*direct(logits, labels, 5), shrinkage)
+    new = task(4, 200, 300, 5)[0] + 30
+    expected = relative(new.double() @ weights + bias)
+    got = estimated(logits, labels, 5, shrinkage=shrinkage)(new).double()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_prior_of_noise_is_left_out():
