@@ -1,4 +1,4 @@
-"""Small pictures and ILM-VP folders for the tests of `data`."""
+"""Small images and ILM-VP folders for the tests of `data`."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from data import write_ilmvp
 from data.ilmvp import LmdbSource, read_split
 
 
-def picture(seed, size=(40, 30), format="PNG"):
-    """Encoded picture of random pixels, `size` as (width, height)."""
+def encoded_image(seed, size=(40, 30), format="PNG"):
+    """Encoded image of random pixels, `size` as (width, height)."""
     pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format)
@@ -23,10 +23,10 @@ def picture(seed, size=(40, 30), format="PNG"):
 
 
 def make_ilmvp(folder, train_labels=(0, 0, 1, 2, 1), test_labels=(0, 1, 2)):
-    """Write an ILM-VP folder of random pictures with three classes; return `folder`."""
+    """Write an ILM-VP folder of random images with three classes; return `folder`."""
     names = ["Hard-leaved_orchid", "rose", "tulip"]
-    train = [(picture(i), label, f"{i}.png") for i, label in enumerate(train_labels)]
-    test = [(picture(100 + i), label, f"{i}.png") for i, label in enumerate(test_labels)]
+    train = [(encoded_image(i), label, f"{i}.png") for i, label in enumerate(train_labels)]
+    test = [(encoded_image(100 + i), label, f"{i}.png") for i, label in enumerate(test_labels)]
     write_ilmvp(folder, train=train, test=test, class_names=names)
     return folder
 
@@ -52,7 +52,7 @@ def make_class_folders(root, train=None, test=None):
         for name, count in classes.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                (root / split / name / f"{i}.png").write_bytes(picture(hash((split, name)) % 999 + i))
+                (root / split / name / f"{i}.png").write_bytes(encoded_image(hash((split, name)) % 999 + i))
     return root
 
 

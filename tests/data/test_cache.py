@@ -18,7 +18,7 @@ from data.ilmvp import LmdbSource
 from data.image_set import ImageSet, Rows, Streamed
 from data.presets import Preset
 from models.torchvision_shim import ensure_torchvision
-from tests.data.helpers import make_class_folders, make_ilmvp, picture, put
+from tests.data.helpers import encoded_image, make_class_folders, make_ilmvp, put
 
 
 def task_of(folder, cache_path, preset=None, **settings):
@@ -45,7 +45,7 @@ def test_stored_values_are_those_of_torchvision(size, stored):
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 
-    image = open_image(picture(7, size), "here")
+    image = open_image(encoded_image(7, size), "here")
     exact = transforms.Compose([transforms.Resize((stored, stored)), transforms.ToTensor()])(image)
     ours = torch.from_numpy(Preset(stored).store(image).copy()).permute(2, 0, 1).float().div_(torch.tensor(255.0))
     assert torch.equal(ours, exact)
@@ -60,7 +60,7 @@ def test_stored_values_are_those_of_torchvision(size, stored):
 
 
 def test_a_sliver_that_would_become_huge_is_refused():
-    image = open_image(picture(0, (20_000, 1)), "here")
+    image = open_image(encoded_image(0, (20_000, 1)), "here")
     with pytest.raises(ValueError, match="here: 20000x1 pixels would become 4480000x224"):
         clip_preset(224).store(image, "here")
     assert Preset(224).store(image).shape == (224, 224, 3)
@@ -73,7 +73,7 @@ def test_cached_images_are_the_decoded_ones(tmp_path, monkeypatch):
     assert len(seen) == 8
     again = task_of(folder, tmp_path / "cache").train
     assert len(seen) == 8 and again.origin == f"cache {train_file(tmp_path / 'cache')}"
-    expected = np.stack([padding_preset(16).store(open_image(picture(i), "")) for i in range(5)])
+    expected = np.stack([padding_preset(16).store(open_image(encoded_image(i), "")) for i in range(5)])
     for image_set in (first, again):
         assert isinstance(image_set.images, torch.Tensor) and image_set.images.dtype == torch.uint8
         assert np.array_equal(image_set.images.numpy(), expected)
@@ -138,14 +138,14 @@ def test_every_flipped_bit_of_the_trailer_or_of_a_pixel_is_noticed(tmp_path):
 def test_a_changed_source_is_decoded_again_into_the_same_file(tmp_path):
     folder = make_ilmvp(tmp_path / "set")
     before = task_of(folder, tmp_path / "cache").train.images.clone()
-    put(folder / "train.lmdb", b"0", (picture(50), 0))
+    put(folder / "train.lmdb", b"0", (encoded_image(50), 0))
     after = task_of(folder, tmp_path / "cache").train.images
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
     root = make_class_folders(tmp_path / "photos")
     before = task_of(root, tmp_path / "cache").train.images.clone()
-    (root / "train/cat/0.png").write_bytes(picture(51))
+    (root / "train/cat/0.png").write_bytes(encoded_image(51))
     after = task_of(root, tmp_path / "cache").train.images
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1:], after[1:])
 
@@ -160,7 +160,7 @@ def test_the_number_of_threads_changes_nothing(tmp_path):
 
 def test_bad_input_leaves_nothing_behind(tmp_path):
     folder = make_ilmvp(tmp_path / "set")
-    put(folder / "train.lmdb", b"3", (picture(0)[:-300], 2))
+    put(folder / "train.lmdb", b"3", (encoded_image(0)[:-300], 2))
     for cache_path in (tmp_path / "a/b/cache", None):
         with pytest.raises(ValueError, match=r"train\.lmdb, key b'3': not a readable image"):
             task_of(folder, cache_path)
@@ -298,11 +298,11 @@ def test_fingerprint_is_that_of_labels_and_images_however_they_are_kept(tmp_path
     folder = tmp_path / "moved"
     os.utime(folder / "train.lmdb", (0, 0))
     assert fingerprints(folder, tmp_path / "b", monkeypatch) == original
-    put(folder / "test.lmdb", b"1", (picture(50), 1))
+    put(folder / "test.lmdb", b"1", (encoded_image(50), 1))
     changed = fingerprints(folder, tmp_path / "b", monkeypatch)
     assert changed["train"] == original["train"] and changed["test"] != original["test"]
-    put(folder / "train.lmdb", b"1", (picture(1), 1))
-    put(folder / "train.lmdb", b"2", (picture(2), 0))
+    put(folder / "train.lmdb", b"1", (encoded_image(1), 1))
+    put(folder / "train.lmdb", b"2", (encoded_image(2), 0))
     assert fingerprints(folder, tmp_path / "b", monkeypatch)["train"] != original["train"]
 
 

@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from data import decode
 from data.decode import FORMATS, open_image, upright
-from tests.data.helpers import picture
+from tests.data.helpers import encoded_image
 
 
 def encode(image, format="PNG", **options):
@@ -24,7 +24,7 @@ def pixels(image):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"])
 def test_images_of_8_bit_are_what_pillow_makes_of_them(mode):
-    image = Image.open(io.BytesIO(picture(3)))
+    image = Image.open(io.BytesIO(encoded_image(3)))
     image = image.convert(mode) if mode != "LAB" else Image.merge("LAB", image.split())
     format = "PNG" if mode in ("LA", "P", "RGBA") else "TIFF"
     expected = Image.open(io.BytesIO(encode(image, format))).convert("RGB")
@@ -61,7 +61,7 @@ def test_values_that_are_not_finite_are_refused(value):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_honoured_where_it_is_asked_for(orientation, format):
-    upside = Image.open(io.BytesIO(picture(0, (6, 4))))
+    upside = Image.open(io.BytesIO(encoded_image(0, (6, 4))))
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = encode(upside, format, exif=exif)
@@ -83,7 +83,7 @@ def test_exif_orientation_is_honoured_where_it_is_asked_for(orientation, format)
 
 
 def test_a_damaged_orientation_is_passed_over():
-    encoded = encode(Image.open(io.BytesIO(picture(0))), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 40)
+    encoded = encode(Image.open(io.BytesIO(encoded_image(0))), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 40)
     image = open_image(encoded, "here")
     assert upright(image) is image
 
@@ -99,7 +99,7 @@ def test_the_first_frame_of_an_animated_image(format):
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 def test_avif():
-    image = Image.open(io.BytesIO(picture(0, (32, 24)))).resize((8, 8)).resize((32, 24))
+    image = Image.open(io.BytesIO(encoded_image(0, (32, 24)))).resize((8, 8)).resize((32, 24))
     encoded = encode(image, "AVIF", quality=100, subsampling="4:4:4")
     assert np.abs(np.asarray(open_image(encoded, "here")).astype(int) - np.asarray(image)).max() < 4
     rng = random.Random(0)

@@ -19,7 +19,7 @@ from data.class_names import clean_class_name
 from data.decode import MAX_PIXELS
 from data.ilmvp import LmdbSource, check_against_split, read_split, write_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES, restricted_loads
-from tests.data.helpers import edit_split, make_ilmvp, picture, put
+from tests.data.helpers import edit_split, encoded_image, make_ilmvp, put
 
 REAL_DATA = os.environ.get("BLM_REAL_DATA")
 
@@ -115,8 +115,8 @@ def test_read_back_what_was_written(tmp_path):
     source = LmdbSource(folder / "train.lmdb")
     assert source.keys == [b"0", b"1", b"2", b"3", b"4"] and len(source) == 5
     assert source.labels.tolist() == [0, 0, 1, 2, 1] and source.labels.dtype == np.int64
-    assert source.record(3) == (picture(3), 2)
-    expected = Image.open(io.BytesIO(picture(3)))
+    assert source.record(3) == (encoded_image(3), 2)
+    expected = Image.open(io.BytesIO(encoded_image(3)))
     assert source.image(3).tobytes() == expected.tobytes()
     names, counts = read_split(folder / "split.json")
     assert names == ["hard leaved orchid", "rose", "tulip"]
@@ -129,13 +129,13 @@ def test_published_readers_can_read_what_we_write(tmp_path):
     with environment.begin() as transaction:
         assert pickle.loads(transaction.get(b"__len__")) == 3
         assert pickle.loads(transaction.get(b"__keys__")) == [b"0", b"1", b"2"]
-        assert pickle.loads(transaction.get(b"2")) == (picture(102), 2)
+        assert pickle.loads(transaction.get(b"2")) == (encoded_image(102), 2)
     assert json.loads((folder / "split.json").read_text())["test"][0] == ["0.png", 0, "Hard-leaved_orchid"]
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
     def samples():
-        yield picture(0), 0, "0.png"
+        yield encoded_image(0), 0, "0.png"
         raise RuntimeError("source broke")
 
     with pytest.raises(RuntimeError, match="source broke"):
@@ -161,7 +161,7 @@ def test_the_writer_outgrows_its_first_map(tmp_path):
 def test_an_lmdb_folder_is_read_like_a_file(tmp_path):
     with lmdb.open(str(tmp_path / "train.lmdb"), map_size=1 << 20) as environment:
         with environment.begin(write=True) as transaction:
-            for key, value in ((b"__len__", 1), (b"__keys__", [b"a"]), (b"a", (picture(0), 4))):
+            for key, value in ((b"__len__", 1), (b"__keys__", [b"a"]), (b"a", (encoded_image(0), 4))):
                 transaction.put(key, pickle.dumps(value))
     source = LmdbSource(tmp_path / "train.lmdb")
     assert source.labels.tolist() == [4] and source.file.name == "data.mdb"
@@ -176,12 +176,12 @@ def test_lmdb_is_opened_lazily_and_may_be_carried_across_a_fork(tmp_path):
     if child == 0:
         fine = False
         try:
-            fine = source.record(1) == (picture(1), 0)
+            fine = source.record(1) == (encoded_image(1), 0)
         finally:
             os._exit(0 if fine else 1)
     assert os.waitpid(child, 0)[1] == 0
     source.close()
-    assert source._opened is None and source.record(1) == (picture(1), 0)
+    assert source._opened is None and source.record(1) == (encoded_image(1), 0)
 
 
 def test_missing_lmdb(tmp_path):
@@ -229,12 +229,12 @@ def test_an_lmdb_whose_end_is_still_zeros(tmp_path):
         (b"__keys__", [b"0", b"1", b"2", b"3", b"k" * 512], "other than keys"),
         (b"__keys__", [b"0", b"1", b"2", b"3", b"nowhere"], "key b'nowhere': no such key"),
         (b"__keys__", [b"%d" % i for i in range(5000)], "more than"),
-        (b"3", [picture(0), 0], "key b'3': holds a list, expected tuple"),
-        (b"3", (picture(0), 0, 0), r"key b'3': expected \(image bytes, int label\)"),
+        (b"3", [encoded_image(0), 0], "key b'3': holds a list, expected tuple"),
+        (b"3", (encoded_image(0), 0, 0), r"key b'3': expected \(image bytes, int label\)"),
         (b"3", ("text", 0), r"key b'3': expected \(image bytes, int label\)"),
-        (b"3", (picture(0), "0"), r"key b'3': expected \(image bytes, int label\)"),
-        (b"3", (picture(0), -1), "key b'3': label -1"),
-        (b"3", (picture(0), 10**100), "key b'3': label beyond 18 digits"),
+        (b"3", (encoded_image(0), "0"), r"key b'3': expected \(image bytes, int label\)"),
+        (b"3", (encoded_image(0), -1), "key b'3': label -1"),
+        (b"3", (encoded_image(0), 10**100), "key b'3': label beyond 18 digits"),
     ],
 )
 def test_records_that_are_not_what_they_should_be(tmp_path, key, value, message):
@@ -247,7 +247,7 @@ def test_records_that_are_not_what_they_should_be(tmp_path, key, value, message)
 
 def bomb(width, height):
     """A PNG of a few bytes that claims to be large."""
-    whole = bytearray(picture(0, (1, 1)))
+    whole = bytearray(encoded_image(0, (1, 1)))
     whole[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     whole[29:33] = zlib.crc32(whole[12:29]).to_bytes(4, "big")
     return bytes(whole)
@@ -256,10 +256,10 @@ def bomb(width, height):
 @pytest.mark.parametrize(
     ("encoded", "message"),
     [
-        (picture(0)[:-200], "not a readable image"),
-        (picture(0, (64, 64), "JPEG")[:700], "not a readable image"),
+        (encoded_image(0)[:-200], "not a readable image"),
+        (encoded_image(0, (64, 64), "JPEG")[:700], "not a readable image"),
         (b"", "not a readable image"),
-        (b"no picture", "not a readable image"),
+        (b"no image", "not a readable image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
         (bomb(100_000, 100_000), "pixels"),
         (bomb(10_000, 10_000), f"at most {MAX_PIXELS:,} pixels"),
@@ -406,9 +406,9 @@ def fuzz(folder, count, seed):
 def make_fuzzed(tmp_path):
     names = ["a", "b", "c"]
     samples = [
-        (picture(0, (9, 7)), 0, "0.png"),
-        (picture(1, (24, 24), "JPEG"), 1, "1.jpg"),
-        (picture(2, (8, 8), "WEBP"), 2, "2.webp"),
+        (encoded_image(0, (9, 7)), 0, "0.png"),
+        (encoded_image(1, (24, 24), "JPEG"), 1, "1.jpg"),
+        (encoded_image(2, (8, 8), "WEBP"), 2, "2.webp"),
     ]
     write_ilmvp(tmp_path / "set", train=samples, test=samples, class_names=names)
     return tmp_path / "set"

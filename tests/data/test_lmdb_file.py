@@ -9,7 +9,7 @@ import pytest
 
 from data.ilmvp import LmdbSource, write_ilmvp
 from data.lmdb_file import LmdbFile
-from tests.data.helpers import picture
+from tests.data.helpers import encoded_image
 
 REAL_DATA = os.environ.get("BLM_REAL_DATA")
 
@@ -82,7 +82,7 @@ def damage(whole, rng):
 def fuzz(folder, count, seed):
     """Read `count` damaged copies of the folder's ``train.lmdb``, images included."""
     sizes = [(60, 40) if i % 9 == 0 else (9 + i % 40, 7) for i in range(60)]  # the large ones on pages of their own
-    samples = [(picture(i, size), i % 3, f"{i}.png") for i, size in enumerate(sizes)]
+    samples = [(encoded_image(i, size), i % 3, f"{i}.png") for i, size in enumerate(sizes)]
     write_ilmvp(folder, train=samples, test=samples[:1], class_names=["a", "b", "c"])
     path, rng, outcomes = folder / "train.lmdb", random.Random(seed), Counter()
     whole = path.read_bytes()

@@ -189,7 +189,7 @@ def test_a_streamed_epoch_may_be_left_early_and_passes_errors_on(monkeypatch):
     class Broken(ArraySource):
         def image(self, i):
             if i == 9:
-                raise ValueError("picture 9 is broken")
+                raise ValueError("image 9 is broken")
             return super().image(i)
 
     stream(monkeypatch)
@@ -199,7 +199,7 @@ def test_a_streamed_epoch_may_be_left_early_and_passes_errors_on(monkeypatch):
     epoch = loader.epoch(0)
     assert len(next(epoch).labels) == 8
     epoch.close()
-    with pytest.raises(ValueError, match="picture 9 is broken"):
+    with pytest.raises(ValueError, match="image 9 is broken"):
         list(loader.epoch(0))
 
 

@@ -28,7 +28,7 @@ from data.class_names import CIFAR10, CIFAR100, GTSRB, clean_class_name
 from data.decode import open_image
 from data.registry import stratified_subset
 from models.torchvision_shim import ensure_torchvision
-from tests.data.helpers import edit_split, make_class_folders, make_ilmvp, picture, put
+from tests.data.helpers import edit_split, encoded_image, make_class_folders, make_ilmvp, put
 
 REAL_DATA, REFERENCE = os.environ.get("BLM_REAL_DATA"), os.environ.get("BLM_REFERENCE")
 
@@ -130,13 +130,13 @@ def test_class_folders(tmp_path):
         ),
         (lambda root: (root / "train/cat/a.jpg").write_text("hi"), ValueError, "a.jpg: not a readable image"),
         (
-            lambda root: (root / "train/cat/a.png").write_bytes(picture(0)[:99]),
+            lambda root: (root / "train/cat/a.png").write_bytes(encoded_image(0)[:99]),
             ValueError,
             "a.png: not a readable",
         ),
         (lambda root: (root / "train/cat/deeper").mkdir(), ValueError, "deeper is not an image file"),
         (
-            lambda root: (root / "train/a.png").write_bytes(picture(0)),
+            lambda root: (root / "train/a.png").write_bytes(encoded_image(0)),
             ValueError,
             "a.png is not a class folder",
         ),
@@ -185,7 +185,7 @@ def test_the_file_of_an_image_is_named_as_a_terminal_may_show_it(tmp_path):
     root = make_class_folders(tmp_path / "photos")
     (root / "train/cat/a\x1b[2J.png").write_text("no image")
     refused(ValueError, r"train/cat/a\\x1b\[2J\.png: not a readable image", f"folder:{root}")
-    (root / "train/cat/a\x1b[2J.png").write_bytes(picture(0))
+    (root / "train/cat/a\x1b[2J.png").write_bytes(encoded_image(0))
     assert task_of(f"folder:{root}").train.names[2].endswith(r"a\x1b[2J.png")
 
 
@@ -208,7 +208,7 @@ def test_one_class_is_too_few(tmp_path):
 
 def test_images_in_files_are_turned_upright_and_records_are_not(tmp_path):
     root = make_class_folders(tmp_path / "photos")
-    turned, exif, stream = Image.open(io.BytesIO(picture(7, (40, 30)))), Image.Exif(), io.BytesIO()
+    turned, exif, stream = Image.open(io.BytesIO(encoded_image(7, (40, 30)))), Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     turned.save(stream, "PNG", exif=exif)
     (root / "train/cat/0.png").write_bytes(stream.getvalue())
@@ -300,12 +300,12 @@ def test_ilmvp_by_name_and_by_folder_warning_of_other_sizes(tmp_path):
         ),
         (lambda f: (f / "split.json").unlink(), FileNotFoundError, "split.json does not exist"),
         (
-            lambda f: put(f / "train.lmdb", b"1", (picture(1), 2)),
+            lambda f: put(f / "train.lmdb", b"1", (encoded_image(1), 2)),
             ValueError,
             "2 samples of label 2 against 1|label 0",
         ),
         (
-            lambda f: put(f / "test.lmdb", b"1", (picture(1), 2)),
+            lambda f: put(f / "test.lmdb", b"1", (encoded_image(1), 2)),
             ValueError,
             "test.lmdb disagrees with .*split.json",
         ),
@@ -478,7 +478,7 @@ def test_torchvision_sets_are_loaded_once_and_then_come_from_the_cache(name, tmp
 
 def write_gtsrb(root):
     """GTSRB as torchvision unpacks it: three training images of two classes, two test images."""
-    ppm = [picture(i, (20, 20), "PPM") for i in range(5)]
+    ppm = [encoded_image(i, (20, 20), "PPM") for i in range(5)]
     for i, label in enumerate((0, 0, 1)):
         (root / f"gtsrb/GTSRB/Training/{label:05}").mkdir(parents=True, exist_ok=True)
         (root / f"gtsrb/GTSRB/Training/{label:05}/{i}.ppm").write_bytes(ppm[i])
@@ -494,7 +494,9 @@ def test_torchvision_sets_may_lie_in_the_data_path_or_in_a_folder_of_their_name(
     with pytest.warns(UserWarning, match=r"gtsrb has 3 training images \(published: 26640\)"):
         task = task_of("gtsrb", tmp_path, tmp_path / "cache")
     assert task.train.labels.tolist() == [0, 0, 1] and task.test.labels.tolist() == [7, 42]
-    assert np.array_equal(task.test.images[1].numpy(), padding_preset(16).store(open_image(picture(4, (20, 20)), "")))
+    assert np.array_equal(
+        task.test.images[1].numpy(), padding_preset(16).store(open_image(encoded_image(4, (20, 20)), ""))
+    )
     (tmp_path / place / "gtsrb/GT-final_test.csv").write_text("Filename;ClassId\n3.ppm;7\n4.ppm;8\n")
     with pytest.warns(UserWarning, match="26640"):
         assert task_of("gtsrb", tmp_path, tmp_path / "cache").test.labels.tolist() == [7, 8]

@@ -17,7 +17,7 @@ import torch
 
 from cfg import VLMConfig, VMConfig, VMFastConfig, flags_page
 from mapping import MAPPINGS, Setting
-from tests.data.helpers import make_ilmvp, picture, put
+from tests.data.helpers import encoded_image, make_ilmvp, put
 from tools.training.command_line import build_parser, parse
 from tools.training.run_folder import load_checkpoint
 
@@ -240,7 +240,7 @@ def test_damaged_image_of_a_set_that_fits_nowhere(tmp_path, monkeypatch, capsys)
     import train_vm
 
     folder = make_ilmvp(tmp_path / "set")
-    put(folder / "test.lmdb", b"1", (picture(0)[:-300], 1))
+    put(folder / "test.lmdb", b"1", (encoded_image(0)[:-300], 1))
     monkeypatch.setattr("data.cache.available_memory", lambda: 100)
     monkeypatch.setattr("data.cache.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 99))
     with pytest.raises(SystemExit) as caught:

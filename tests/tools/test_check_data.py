@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data import ArraySource, DatasetInfo
-from tests.data.helpers import edit_split, make_class_folders, make_ilmvp, picture, put
+from tests.data.helpers import edit_split, encoded_image, make_class_folders, make_ilmvp, put
 from tools import check_data
 
 REAL_DATA = os.environ.get("BLM_REAL_DATA")
@@ -32,8 +32,8 @@ def test_whole_folders(tmp_path, capsys):
 
 def test_every_unreadable_image_is_listed(tmp_path, capsys):
     folder = make_ilmvp(tmp_path / "mine")
-    put(folder / "train.lmdb", b"1", (b"no picture", 0))
-    put(folder / "train.lmdb", b"3", (picture(0)[:200], 2))
+    put(folder / "train.lmdb", b"1", (b"no image", 0))
+    put(folder / "train.lmdb", b"3", (encoded_image(0)[:200], 2))
     put(folder / "test.lmdb", b"2", "no record")
     code, _, findings = check(capsys, folder)
     assert code == 1 and len(findings) == 3
@@ -89,7 +89,7 @@ def test_what_is_said_of_folders(tmp_path, capsys):
 
 def test_labels_against_split(tmp_path, capsys):
     folder = make_ilmvp(tmp_path / "mine")
-    put(folder / "train.lmdb", b"1", (picture(1), 2))
+    put(folder / "train.lmdb", b"1", (encoded_image(1), 2))
     assert "1 samples of label 0 against 2" in check(capsys, folder)[2][0]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data import load_task, padding_preset
 from data.ilmvp import LmdbSource, read_split
-from tests.data.helpers import picture
+from tests.data.helpers import encoded_image
 from tools import prepare_data
 
 SPLIT = {
@@ -26,7 +26,7 @@ def coop(tmp_path):
     for i, entry in enumerate(entry for split in ("train", "test") for entry in SPLIT[split]):
         path = images / entry[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i, (60, 40), "JPEG" if path.suffix == ".jpg" else "PNG"))
+        path.write_bytes(encoded_image(i, (60, 40), "JPEG" if path.suffix == ".jpg" else "PNG"))
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     return [
         "flowers102",
@@ -154,7 +154,7 @@ def test_two_at_once(coop, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "a\\..\\x.png", "", "link.png"])
 def test_paths_out_of_the_image_folder(coop, tmp_path, capsys, path):
-    (tmp_path / "secret.png").write_bytes(picture(0))
+    (tmp_path / "secret.png").write_bytes(encoded_image(0))
     (tmp_path / "jpg" / "link.png").symlink_to(tmp_path / "secret.png")
     edit(coop, lambda split: split["test"].append([path, 1, "rose"]))
     assert "leads out of" in refused(capsys, *coop)
@@ -164,7 +164,7 @@ def test_paths_out_of_the_image_folder(coop, tmp_path, capsys, path):
 def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys):
     images = tmp_path / "jpg"
     for name in ("a/0.png", "b/3.png"):
-        (images / name).write_bytes(b"no picture")
+        (images / name).write_bytes(b"no image")
     message = refused(capsys, *coop)
     assert "2 images can't be used" in message and "a/0.png" in message and "b/3.png" in message
     assert not (tmp_path / "datasets" / "flowers102").exists()
@@ -208,7 +208,7 @@ def test_class_in_val_only(coop, capsys):
 def write_images(root, *paths):
     for i, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(picture(i, (8, 8), "JPEG"))
+        (root / path).write_bytes(encoded_image(i, (8, 8), "JPEG"))
 
 
 def expect_total(monkeypatch, name, total):

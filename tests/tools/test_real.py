@@ -1,4 +1,4 @@
-"""Every tool through its command line on runs of real pictures: handwritten digits, and flowers where given."""
+"""Every tool through its command line on runs of real images: handwritten digits, and flowers where given."""
 
 import csv
 import json
@@ -82,14 +82,14 @@ def outputs(run_folder):
 
 
 def write_picture(run_folder, index, folder):
-    """A test picture as a file, as a user would have it."""
+    """A test image as a file, as a user would have it."""
     if "digits" in str(run_folder):
-        digits("test").image(index).save(folder / "picture.png")
-        return folder / "picture.png"
+        digits("test").image(index).save(folder / "image.png")
+        return folder / "image.png"
     settings = json.loads((run_folder / "config.json").read_text())["settings"]
     encoded, _ = LmdbSource(f"{settings['data_path']}/flowers102/test.lmdb").record(index)
-    (folder / "picture.jpg").write_bytes(encoded)
-    return folder / "picture.jpg"
+    (folder / "image.jpg").write_bytes(encoded)
+    return folder / "image.jpg"
 
 
 def test_evaluate(run_folder, tmp_path, capsys):
@@ -106,8 +106,8 @@ def test_evaluate(run_folder, tmp_path, capsys):
 
 def test_predict(run_folder, outputs, tmp_path, capsys):
     _, _, source_logits, logits = outputs
-    picture = write_picture(run_folder, 30, tmp_path)
-    predict.main([str(run_folder), str(picture), "--json"])
+    image = write_picture(run_folder, 30, tmp_path)
+    predict.main([str(run_folder), str(image), "--json"])
     (prediction,) = json.loads(capsys.readouterr().out)
     expected, shown = logits[30].double().softmax(0).topk(5), prediction["predictions"]
     assert [row["label"] for row in shown] == expected.indices.tolist()
