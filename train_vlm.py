@@ -9,7 +9,7 @@ Accuracy and time with CLIP's own weights are not measured.
 import os
 from functools import partial
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to others; read by torch
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave their core to others; read by torch
 
 import torch
 

@@ -10,7 +10,7 @@ flowers end at 44.8 % of the test images, in 3 to 6 minutes on two cores. The pu
 import os
 from functools import partial
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to others; read by torch
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave their core to others; read by torch
 
 import torch
 

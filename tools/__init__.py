@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave their core to others; read by torch
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave their core to others; read by torch
 
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     # a command is being started: Ctrl-C just ends it while it imports; tools.console takes over from there

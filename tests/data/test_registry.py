@@ -227,7 +227,9 @@ def test_a_data_path_says_where_the_folder_has_moved(tmp_path, monkeypatch, make
     for data_path in (root, tmp_path / "a", "../a"):
         for name in ("folder:photos", "folder:/elsewhere/photos", "folder:photos/"):
             assert task_of(name, data_path).fingerprint == expected
-    refused(FileNotFoundError, "b/photos is not a folder; folder:photos is expected", "folder:photos", tmp_path / "b")
+    refused(
+        FileNotFoundError, "b/photos is not a folder; expected one that holds train", "folder:photos", tmp_path / "b"
+    )
 
 
 def test_a_folder_given_without_the_prefix_gets_a_hint(tmp_path, monkeypatch):

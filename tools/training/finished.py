@@ -128,7 +128,8 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks the setting {missing[0]!r} of {path.name}; restore that file")
     for name, value in state["settings"].items():
-        types = (str, type(None)) if name in ("plugin", "weights") else type(value)  # which may be elsewhere by now
+        elsewhere = name in ("plugin", "weights", "templates")  # files that may lie elsewhere by now
+        types = (str, type(None)) if elsewhere else type(value)
         if not isinstance(saved[name], types):
             raise ValueError(
                 f"{folder / 'config.json'} has {name} {saved[name]!r}, but {path.name} {value!r}; restore that file"
