@@ -89,7 +89,7 @@ class Run:
         begun = config["starts"][0].get("command") if config else None
         went_on = begun == self.command and not (self.folder / "result.json").exists()
         self.overwrite = cfg.overwrite and not (config and went_on)
-        if not self.overwrite:
+        if not cfg.overwrite:
             self._refuse_other_settings(config)
 
     def _read_config(self):

@@ -300,6 +300,20 @@ def test_overwrite_refuses_what_no_run_wrote_and_removes_nothing(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_overwrite_where_the_run_that_the_command_began_cannot_go_on(tmp_path):
+    """Its folder holds other settings by now, say of an earlier recipe: to advise --overwrite would not help."""
+    command = ["--overwrite"]
+    run, _ = opened(tmp_path, command, overwrite=True)
+    run.save_epoch(line(0, 0.1), state(0))
+    run.close()
+    config = read_json(run.folder / "config.json")
+    config["settings"]["lr"] = 0.5
+    (run.folder / "config.json").write_text(json.dumps(config))
+    run, checkpoint = opened(tmp_path, command, overwrite=True)
+    assert checkpoint is None and read_json(run.folder / "config.json")["settings"]["lr"] == 0.01
+    run.close()
+
+
 def test_overwrite_acts_once_per_start(tmp_path):
     """The very same command goes on with the unfinished run that it began; any other starts from scratch."""
     command = ["--epochs", "3", "--overwrite"]
