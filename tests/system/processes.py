@@ -31,10 +31,9 @@ def _context():
     return context
 
 
-def _run(script, arguments, log, environment):
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _run(script, arguments, log, errors, environment):
+    for path, descriptor in ((log, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
@@ -53,10 +52,13 @@ def start(script, results, *arguments, environment=None):
     return start_module(script, log_of(results), *command, *PARTS[script], *arguments, environment=environment)
 
 
-def start_module(module, log, *arguments, environment=None):
-    """Start the ``main`` of any module; a `multiprocessing.Process` whose output is added to the file ``log``."""
+def start_module(module, log, *arguments, errors=None, environment=None):
+    """Start the ``main`` of any module; a `multiprocessing.Process` whose output is added to the file ``log``.
+
+    What it writes to stderr goes there too, or to the file ``errors``.
+    """
     command = [str(argument) for argument in arguments]
-    process = _context().Process(target=_run, args=(module, command, str(log), environment or {}))
+    process = _context().Process(target=_run, args=(module, command, str(log), str(errors or log), environment or {}))
     process.start()
     return process
 

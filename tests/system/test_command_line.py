@@ -18,6 +18,7 @@ import torch
 from cfg import VLMConfig, VMConfig, VMFastConfig, flags_page
 from mapping import MAPPINGS, Setting
 from tests.data.helpers import encoded_image, make_ilmvp, put
+from tests.system.processes import finish, start_module
 from tools.training.command_line import build_parser, parse
 from tools.training.run_folder import load_checkpoint
 
@@ -42,24 +43,14 @@ def epochs_of(script, mapping):
 
 
 def smoke(script, mapping, reprogramming, results):
-    return run(
-        script,
-        "--dataset",
-        "synthetic",
-        "--mapping",
-        mapping,
-        "--reprogramming",
-        reprogramming,
-        "--epochs",
-        str(epochs_of(script, mapping)),
-        "--batch-size",
-        "16",
-        "--lr",
-        LR[script],
-        "--results-path",
-        str(results),
-        *BACKBONES[script],
-    )
+    """What the run wrote to stderr, and its exit code."""
+    given = {"mapping": mapping, "reprogramming": reprogramming, "epochs": epochs_of(script, mapping)}
+    given |= {"dataset": "synthetic", "batch-size": 16, "lr": LR[script], "results-path": results}
+    arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))] + BACKBONES[script]
+    errors = results / f"{script}_{mapping}_{reprogramming}.err"
+    log = errors.with_suffix(".log")
+    process = start_module(script.removesuffix(".py"), log, *arguments, errors=errors)
+    return finish(process), errors.read_text()
 
 
 def folder_of(script, mapping, reprogramming, results):
@@ -82,7 +73,7 @@ CELLS = [
 @pytest.fixture(scope="module")
 def smoke_runs(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    with ThreadPoolExecutor(2) as pool:  # two processes of one thread each keep two cores busy through the imports
+    with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(lambda cell: smoke(*cell, results), CELLS))
     return results, dict(zip(CELLS, outcomes, strict=True))
 
@@ -90,9 +81,9 @@ def smoke_runs(tmp_path_factory):
 @pytest.mark.parametrize("script, mapping, reprogramming", CELLS)
 def test_smoke(smoke_runs, script, mapping, reprogramming):
     results, outcomes = smoke_runs
-    outcome = outcomes[script, mapping, reprogramming]
-    assert outcome.returncode == 0, outcome.stderr
-    told = [line for line in outcome.stderr.splitlines() if "the mapping cannot tell some labels apart" not in line]
+    code, errors = outcomes[script, mapping, reprogramming]
+    assert code == 0, errors
+    told = [line for line in errors.splitlines() if "the mapping cannot tell some labels apart" not in line]
     assert told == [], "no other warning and no progress bar where the output is piped"
     kind = script.removeprefix("train_").removesuffix(".py")
     folder = folder_of(script, mapping, reprogramming, results)
