@@ -64,6 +64,14 @@ class Config:
     shots: int | None = option(
         None, "data", "training images of each class to use, drawn with the seed (default: all)", *at_least(1), type=int
     )
+    test_fraction: float | None = option(
+        None,
+        "data",
+        "share of the images of each class to test on, drawn with the seed, for folder:PATH without test images",
+        "in (0, 1)",
+        lambda tested: 0 < tested < 1,
+        type=float,
+    )
     validation_fraction: float = option(
         0.0,
         "data",
