@@ -46,7 +46,7 @@ def _engine(text):
     names = set(text.split(","))
     unknown = sorted(names - set(SWITCHES))
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}; choose auto, plain, or some of {','.join(SWITCHES)}")
+        raise ValueError(f"--engine: unknown part {unknown[0]!r}; choose auto, plain, or some of {','.join(SWITCHES)}")
     return ",".join(name for name in SWITCHES if name in names)
 
 
@@ -134,7 +134,6 @@ class Config:
         "auto",
         "machine",
         f"auto: the whole fast network; plain: none of it; or some of {', '.join(SWITCHES)}, separated by commas",
-        type=_engine,
         affects="rounding",
     )
     deterministic: bool = option(
@@ -175,7 +174,8 @@ class Config:
         check_reprogramming_name(chosen["reprogramming"])
         chosen["mapping"] = check_mapping_name(chosen["mapping"])
         values = common | recipe(chosen) | {name: chosen[name] for name in ("mapping", *given)}
-        _refuse_epochs_without_training(values)
+        values["engine"] = _engine(values["engine"])
+        _refuse_settings_of_training(values, common)
         if values["shots"] is not None and values["train_fraction"] < 1:
             raise ValueError("--shots and --train-fraction exclude each other; give one of them")
         if values["dataset"].startswith("folder:"):
@@ -236,11 +236,17 @@ def _trains(chosen):
     return REPROGRAMMING[chosen["reprogramming"]].trained or MAPPINGS[chosen["mapping"]].trained
 
 
-def _refuse_epochs_without_training(values):
-    if values["epochs"] and not _trains(values):
+def _refuse_settings_of_training(values, common):
+    epochs, reprogramming = values["epochs"], values["reprogramming"]
+    if epochs and not _trains(values):
         raise ValueError(
-            f"--epochs {values['epochs']}: there is nothing to train with --reprogramming {values['reprogramming']} "
+            f"--epochs {epochs}: there is nothing to train with --reprogramming {reprogramming} "
             f"and --mapping {values['mapping']}, which is estimated once; leave it out"
+        )
+    if values["lr"] != common["lr"] and not (epochs and REPROGRAMMING[reprogramming].trained):
+        raise ValueError(
+            f"--lr {values['lr']}: no pattern is trained with --reprogramming {reprogramming} and {epochs} epochs; "
+            "leave it out"
         )
 
 

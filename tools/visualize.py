@@ -34,6 +34,7 @@ from matplotlib.ticker import MaxNLocator
 
 from data.files import printable, read_json
 from data.image_set import take
+from mapping import MAPPINGS
 from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 
@@ -135,6 +136,10 @@ class Drawing:
         self.metrics = run.checkpoint["metrics"]
         self.weights = run.system.mapping.weights.cpu()
 
+    def _require_epochs(self):
+        if not self.run.settings.epochs:
+            raise NotDrawn("nothing was trained: one estimate, no epochs")
+
     def _test_images(self, label, count):
         test = self.run.system.task.test
         index = (test.labels == label).nonzero()[:count, 0]
@@ -226,7 +231,9 @@ class Drawing:
             options = {"norm": PowerNorm(0.5, 0, max(table.max(), 1e-12))}
         figure, axis, bar, every = self._heat_map(table, columns, rows, self.source_names, **options)
         bar.ax.set_title("ω", fontsize=9)
-        axis.set(xlabel="downstream label" + _named(every), ylabel=f"pretrained label ({len(rows)} of {len(weights)})")
+        embedded = self.run.kind == "vlm" and MAPPINGS[self.run.settings.mapping].embedded
+        sources = "dimension of the image embedding" if embedded else "pretrained label"
+        axis.set(xlabel="downstream label" + _named(every), ylabel=f"{sources} ({len(rows)} of {len(weights)})")
         return figure, {
             "rows": [self.source_names[s] for s in rows],
             "columns": [self.class_names[t] for t in columns],
@@ -253,6 +260,7 @@ class Drawing:
 
     def curves(self):
         """Loss, accuracy and ‖Δω‖ over the epochs."""
+        self._require_epochs()
         epochs = [line["epoch"] + 1 for line in self.metrics]
         panels = {
             "training loss": {"": "train_loss"},
@@ -292,6 +300,7 @@ class Drawing:
 
     def evolution(self, sources=6):
         """The pretrained labels that ever weighed most in each chosen label, over the epochs."""
+        self._require_epochs()
         history = self.run.checkpoint.get("history")
         if not history:
             raise NotDrawn("the checkpoint kept no weights of earlier epochs")

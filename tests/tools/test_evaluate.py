@@ -140,7 +140,7 @@ def test_output_into_a_closed_pipe(vm_run, tmp_path):
 def test_escapes_in_names_are_shown():
     measured = evaluate.measure(torch.eye(2), torch.tensor([0, 0]), ["a\x1b[2J", "b\u202e"])
     named = dict.fromkeys(("dataset", "backbone", "reprogramming", "mapping", "checkpoint"), "x")
-    table = evaluate.as_table(named | {"seed": 0, "epoch": 0} | measured)
+    table = evaluate.as_table(named | {"seed": 0} | measured, "epoch 1")
     assert r"a\x1b[2J" in table and r"b\u202e" in table and "\x1b" not in table
 
 
