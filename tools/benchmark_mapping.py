@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from mapping import build_mapping, check_mapping_name
 from tools.console import Parser, user_errors
+from mapping import build_mapping, check_mapping_name
 from tools.training.numerics import choose_device
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841

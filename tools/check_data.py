@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tools.console import Parser, one_line_warnings, user_errors
 from data import DATASETS, check_dataset_name, clean_class_name
 from data.decode import open_image
 from data.ilmvp import LmdbSource, check_against_split, read_split
 from data.registry import FOLDER_PREFIX, find_folder, open_ilmvp
 from data.sources import BadFolders, class_folders
-from tools.console import Parser, one_line_warnings, user_errors
 from tools.training.plugins import load_plugin_of
 
 FAULTS_LISTED = 100  # of names and links, before any image is looked at

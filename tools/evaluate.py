@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from data import BatchLoader
 from data.files import printable, write_json, write_text
-from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 from tools.training.run_folder import check_writable
 

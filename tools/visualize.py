@@ -32,10 +32,10 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from data.files import printable, read_json
 from data.image_set import take
 from mapping import MAPPINGS
-from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 
 STYLE = {
@@ -135,10 +135,6 @@ class Drawing:
         self.class_names, self.source_names = run.class_names, run.source_names
         self.metrics = run.checkpoint["metrics"]
         self.weights = run.system.mapping.weights.cpu()
-
-    def _require_epochs(self):
-        if not self.run.settings.epochs:
-            raise NotDrawn("nothing was trained: one estimate, no epochs")
 
     def _test_images(self, label, count):
         test = self.run.system.task.test
@@ -260,7 +256,6 @@ class Drawing:
 
     def curves(self):
         """Loss, accuracy and ‖Δω‖ over the epochs."""
-        self._require_epochs()
         epochs = [line["epoch"] + 1 for line in self.metrics]
         panels = {
             "training loss": {"": "train_loss"},
@@ -300,7 +295,6 @@ class Drawing:
 
     def evolution(self, sources=6):
         """The pretrained labels that ever weighed most in each chosen label, over the epochs."""
-        self._require_epochs()
         history = self.run.checkpoint.get("history")
         if not history:
             raise NotDrawn("the checkpoint kept no weights of earlier epochs")
@@ -565,6 +559,9 @@ def draw(run, chosen, folder, checkpoint="last"):
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks shows as boxes
         for name in FIGURES:
+            if not run.settings.epochs and name in ("curves", "evolution"):
+                yield name, "nothing was trained: there is one estimate and no epoch"
+                continue
             try:
                 figure, numbers[name] = getattr(drawing, name)()
             except NotDrawn as reason:

@@ -151,6 +151,11 @@ BAD = [
     (["--laplace", "-1"], ["--laplace must be 0 or more, got -1"]),
     (["--laplace", "nan"], ["--laplace", "nan"]),
     (["--lr", "0"], ["--lr must be above 0"]),
+    (["--lr", "5", "--epochs", "0"], ["--lr 5.0: no pattern is trained with --reprogramming padding and 0 epochs"]),
+    (
+        ["--lr", "5", "--reprogramming", "none", "--mapping", "linear"],
+        ["--lr 5.0: no pattern is trained with --reprogramming none"],
+    ),
     (["--train-fraction", "0"], ["--train-fraction must be in (0, 1]"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--device", "tpu"], ["--device tpu", "cpu, cuda"]),
@@ -344,6 +349,12 @@ def test_a_setting_is_described_once(monkeypatch, change, flag, given, refused, 
     (row,) = [line for line in flags_page().splitlines() if line.startswith(f"| `{flag}` |")]
     cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
     assert cells[1:] == [f"`{setting.default}`", f"{setting.help} (for blm)", setting.allowed, setting.affects]
+
+
+def test_parts_of_the_fast_network_are_checked_and_ordered_from_python_too():
+    with pytest.raises(ValueError, match="--engine: unknown part 'warp'; choose auto, plain, or some of"):
+        VMConfig.of(dataset="digits", engine="warp")
+    assert VMConfig.of(dataset="digits", engine="fused-ops,channels-last").engine == "channels-last,fused-ops"
 
 
 def test_two_parts_cannot_describe_one_setting_differently(monkeypatch):

@@ -15,7 +15,7 @@ from tools.training.numerics import choose_device, choose_precision, network_out
 from tools.training.plugins import HELP, plugin_fingerprint, require_plugin
 from tools.training.run_folder import checkpoint_path, load_checkpoint, read_config
 
-ESSENTIAL = ("backbone", "reprogramming", "mapping", "seed", "epochs", "canvas_size")  # config.json can't alter these
+ESSENTIAL = ("backbone", "reprogramming", "mapping", "seed", "epochs")  # config.json can't alter these
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,9 @@ def _compare(folder, then, now):
         if then.get(name) not in (None, value) and name == "weights":
             raise ValueError(f"{folder} was trained with another weights file; pass the one of that time by --weights")
         if then.get(name) not in (None, value) and (name.endswith("images") or name == "plugin"):
-            warnings.warn(f"{folder} was trained with other {name}", stacklevel=3)
+            warnings.warn(
+                f"{folder} was trained with {'another' if name == 'plugin' else 'other'} {name}", stacklevel=3
+            )
 
 
 def _frozen(settings, folder):

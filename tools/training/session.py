@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from data import UnreadableImage
 from tools.console import MainProcessFailed, one_line_warnings, user_errors
+from data import UnreadableImage
 from tools.training import distributed
 from tools.training.numerics import choose_device, choose_precision, set_up_arithmetic
 from tools.training.plugins import plugin_fingerprint
