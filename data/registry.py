@@ -101,13 +101,13 @@ def find_folder(name, data_path=None):
     """The folder of ``folder:PATH``.
 
     Without a `data_path` it is PATH. With one, PATH is where the data were: they are in `data_path` itself where that
-    holds ``train`` or ``train.lmdb`` or is of the same name, else in its folder of the same name.
+    holds ``train`` or ``train.lmdb``, in its folder of the same name, or in class folders in `data_path` itself.
     """
     folder = Path(name.removeprefix(FOLDER_PREFIX))
     if data_path:
         folder, moved = Path(data_path), folder.name
-        named_alike = folder.name == moved and not (folder / moved).is_dir()
-        if not named_alike and not any((folder / content).exists() for content in ("train", "train.lmdb")):
+        here = any((folder / content).exists() for content in ("train", "train.lmdb"))
+        if not here and ((folder / moved).is_dir() or not sources.holds_classes(folder)):
             folder /= moved
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected one that holds train/<class>/* and test/<class>/*")
@@ -383,7 +383,7 @@ def _cores():
 
 def _cache_name(name, split, source, preset):
     """File name of a cache: readable, and different for sources at different places."""
-    place = hashlib.sha256(source.place.encode()).hexdigest()[:8]
+    place = hashlib.sha256(os.fsencode(source.place)).hexdigest()[:8]
     label = re.sub(r"[^A-Za-z0-9]+", "-", name.removeprefix(FOLDER_PREFIX)).strip("-")[-40:]
     return f"{label}-{split}-{preset.storage}-{place}.npy"
 

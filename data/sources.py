@@ -122,6 +122,11 @@ class BadFolders(ValueError):
         self.faults = faults
 
 
+def holds_classes(root):
+    """Whether there are image files in the folders of ``root``."""
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.glob("*/*"))
+
+
 def class_folders(root):
     """Sources of ``root/train/<class>/*`` and ``root/test/<class>/*``, and the names of the class folders.
 
@@ -156,7 +161,7 @@ def class_folders(root):
     there = [split for split in ("train", "test", "val") if (root / split).is_dir()]
     if "train" not in there and there:
         raise FileNotFoundError(f"{root / 'train'} is not a folder; expected {root}/train/<class>/* and test/<class>/*")
-    if not there and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.glob("*/*")):
+    if not there and not holds_classes(root):
         raise FileNotFoundError(
             f"{root} holds no images; expected {root}/train/<class>/* and {root}/test/<class>/*, or {root}/<class>/*"
         )

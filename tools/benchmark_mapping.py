@@ -11,6 +11,7 @@ counts statistics, scratch and mapping, but neither logits nor torch.
 
 import multiprocessing
 import re
+import resource
 import sys
 import time
 import warnings
@@ -134,8 +135,6 @@ def _peak(device):
     if sys.platform == "linux":  # where getrusage counts what the parent held when it forked
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -228,7 +228,8 @@ def test_a_share_of_each_class_is_tested_where_there_are_no_test_images(tmp_path
         again, other, larger = (task_of(name, test_fraction=f, seed=s) for f, s in ((0.25, 0), (0.25, 1), (0.5, 0)))
         parted = task_of(name, test_fraction=0.25, validation_fraction=0.25, shots=5)
         alone = load_task(name, None, None, padding_preset(16), cache_path=tmp_path / "cache", test_fraction=0.25)
-        for data_path in (root, root.parent):
+        (tmp_path / "other").symlink_to(root)
+        for data_path in (root, root.parent, tmp_path / "other"):
             moved = task_of(f"folder:/elsewhere/{root.name}", data_path, test_fraction=0.25)
             assert moved.fingerprint == task.fingerprint
     assert again.fingerprint == task.fingerprint and other.test.names != task.test.names

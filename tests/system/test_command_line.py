@@ -17,7 +17,7 @@ import torch
 
 from cfg import VLMConfig, VMConfig, VMFastConfig, flags_page
 from mapping import MAPPINGS, Setting
-from tests.data.helpers import encoded_image, make_ilmvp, put
+from tests.data.helpers import encoded_image, make_class_folders, make_ilmvp, put
 from tools.training.command_line import build_parser, parse
 from tools.training.run_folder import load_checkpoint
 
@@ -349,6 +349,28 @@ def test_a_setting_is_described_once(monkeypatch, change, flag, given, refused, 
     (row,) = [line for line in flags_page().splitlines() if line.startswith(f"| `{flag}` |")]
     cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
     assert cells[1:] == [f"`{setting.default}`", f"{setting.help} (for blm)", setting.allowed, setting.affects]
+
+
+def test_names_that_are_not_utf_8(tmp_path, capfd):
+    """Images may lie in folders and files of any name; run folders must have names that safetensors takes."""
+    import train_vm
+    from tools import check_data, predict
+
+    photos, more = tmp_path / os.fsdecode(b"caf\xe9"), ["--weights", "none", "--canvas-size", "64"]
+    make_class_folders(photos)
+    (photos / "train/cat/0.png").rename(photos / "train/cat" / os.fsdecode(b"\xe9.png"))
+    command = ["--dataset", f"folder:{photos}", "--reprogramming", "none", "--mapping", "rlm", *more]
+    train_vm.main([*command, "--results-path", str(tmp_path / "results")])
+    (folder,) = (path.parent for path in tmp_path.rglob("result.json"))
+    assert check_data.main([str(photos)]) == 0
+    predict.main([str(folder), str(photos), "--csv"])
+    printed = capfd.readouterr().out
+    assert r"task: folder:" in printed and r"caf\udce9, 5 training" in printed
+    assert r"caf\udce9/train/cat/\udce9.png,1," in printed
+    with pytest.raises(SystemExit):
+        train_vm.main([*command, "--results-path", str(photos / "results")])
+    assert "its name is not UTF-8; choose another --results-path" in capfd.readouterr().err
+    assert not (photos / "results").exists()
 
 
 def test_parts_of_the_fast_network_are_checked_and_ordered_from_python_too():

@@ -50,10 +50,14 @@ def check_writable(path, flag="--results-path"):
 
     Raises
     ------
-    OSError
+    OSError, ValueError
         That names the path and what stands in the way.
     """
     path = Path(path).absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # which safetensors can't read
+        raise ValueError(f"cannot write to {path}: its name is not UTF-8; choose another {flag}") from None
     existing = path
     while not existing.exists():
         existing = existing.parent
@@ -266,7 +270,9 @@ class Run:
 
     def _write_log(self):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self.folder / "log.txt", flags, 0o644), "a", encoding="utf-8") as log:
+        with os.fdopen(
+            os.open(self.folder / "log.txt", flags, 0o644), "a", encoding="utf-8", errors="backslashreplace"
+        ) as log:
             log.writelines(f"{line}\n" for line in self._log_lines)
         self._log_lines = []
 
