@@ -210,9 +210,10 @@ def test_val_stands_in_for_a_missing_test_folder_and_is_left_out_beside_one(tmp_
 @pytest.mark.parametrize("train", ["train", ""], ids=["train alone", "class folders alone"])
 def test_a_share_of_each_class_is_tested_where_there_are_no_test_images(tmp_path, train):
     photos = make_class_folders(tmp_path / "all", {"cat": 10, "dog": 4, "eel": 2, "fox": 1}) / "train"
+    shutil.rmtree(photos.parent / "test")
+    if not train:
+        photos = photos.rename(tmp_path / "flat")
     root = photos.parent if train else photos
-    if train:
-        shutil.rmtree(root / "test")
     (root / "__MACOSX").mkdir()
     (root / ".DS_Store").write_text("clutter")
     name = f"folder:{root}"
