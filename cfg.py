@@ -185,7 +185,9 @@ class Config:
                     "are; leave it out"
                 )
             # as tools find them from any folder, and elsewhere by a --data-path of theirs
-            values["dataset"] = "folder:" + os.path.realpath(values["dataset"].removeprefix("folder:"))
+            values["dataset"] = "folder:" + os.path.realpath(
+                os.path.expanduser(values["dataset"].removeprefix("folder:"))
+            )
             values["data_path"] = ""
         parts = {"mapping": MAPPINGS[values["mapping"]], "reprogramming": REPROGRAMMING[values["reprogramming"]]}
         own = {s.name: s for part in parts.values() for s in part.settings}

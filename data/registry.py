@@ -103,7 +103,7 @@ def find_folder(name, data_path=None):
     Without a `data_path` it is PATH. With one, PATH is where the data were: they are in `data_path` itself where that
     holds ``train`` or ``train.lmdb``, in its folder of the same name, or in class folders in `data_path` itself.
     """
-    folder = Path(name.removeprefix(FOLDER_PREFIX))
+    folder = Path(os.path.expanduser(name.removeprefix(FOLDER_PREFIX)))  # the shell leaves a ~ behind the prefix
     if data_path:
         folder, moved = Path(data_path), folder.name
         here = any((folder / content).exists() for content in ("train", "train.lmdb"))

@@ -163,7 +163,8 @@ def class_folders(root):
         raise FileNotFoundError(f"{root / 'train'} is not a folder; expected {root}/train/<class>/* and test/<class>/*")
     if not there and not holds_classes(root):
         raise FileNotFoundError(
-            f"{root} holds no images; expected {root}/train/<class>/* and {root}/test/<class>/*, or {root}/<class>/*"
+            f"{root} holds no class folders with images; expected {root}/train/<class>/* and {root}/test/<class>/*, "
+            f"or {root}/<class>/*"
         )
     if {"test", "val"} <= set(there):
         warnings.warn(f"{root / 'val'} is left out: {root / 'test'} is the test set", stacklevel=2)

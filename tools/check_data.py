@@ -194,7 +194,7 @@ def main(argv=None):
             path = find_folder(name, arguments.data_path)
             summary, findings = check_folder(path, workers=arguments.workers)
         else:
-            path = Path(arguments.path.removeprefix(FOLDER_PREFIX))
+            path = Path(arguments.path.removeprefix(FOLDER_PREFIX)).expanduser()
             summary, findings = check_folder(path, Path(os.path.realpath(path)).name, arguments.workers)
     print(summary)
     for finding in findings:

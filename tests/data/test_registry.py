@@ -247,7 +247,9 @@ def test_a_share_to_test_is_for_data_without_test_images(tmp_path):
     refused(ValueError, "test fraction is 1, expected above 0 and below 1", f"folder:{root}", test_fraction=1)
     shutil.rmtree(root / "test")
     refused(ValueError, "needs two or more images of a class", f"folder:{root}", test_fraction=0.2)
-    refused(FileNotFoundError, "holds no images; expected", f"folder:{root.parent}", test_fraction=0.2)
+    refused(
+        FileNotFoundError, "holds no class folders with images; expected", f"folder:{root.parent}", test_fraction=0.2
+    )
 
 
 def test_all_faults_of_class_folders_are_gathered(tmp_path):

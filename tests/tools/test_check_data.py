@@ -146,7 +146,7 @@ BAD = [
     (["a", "--dataset", "dtd"], "either PATH or --dataset"),
     (["absent"], "absent is not a folder; give the folder of a data set, or --dataset NAME"),
     (["loop"], "loop is not a folder"),
-    (["."], "holds no images; expected"),
+    (["."], "holds no class folders with images; expected"),
     (["absent", "--data-path", "datasets"], "--data-path goes with --dataset"),
     (["--dataset", "folder:absent"], "absent is not a folder"),
     (["--dataset", "flower102"], "'flowers102'"),

@@ -215,6 +215,9 @@ def test_no_run(tool, more, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some.png").write_bytes(b"")
     assert "holds no run" in refuse(capsys, tool, tmp_path, *more)
+    (tmp_path / "vm" / "digits" / "mine").mkdir(parents=True)
+    (tmp_path / "vm" / "digits" / "mine" / "config.json").touch()
+    assert refuse(capsys, tool, tmp_path / "vm", *more).endswith(f"{tmp_path}/vm/digits/mine\n")
     assert "absent is no folder" in refuse(capsys, tool, "absent", *more)
     assert [path.name for path in tmp_path.iterdir()] == ["some.png"]
 

@@ -163,10 +163,11 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
 def _read_settings(folder):
     path = folder / "config.json"
     if not path.is_file():
-        what = "holds no run" if folder.is_dir() else "is no folder"
+        what, below = "holds no run" if folder.is_dir() else "is no folder", next(folder.rglob(path.name), None)
+        example = below.parent if below else "<results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
         raise FileNotFoundError(
             f"{folder} {what}: give the folder that a training script made (with config.json and "
-            f"{checkpoint_path('').name}), <results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
+            f"{checkpoint_path('').name}), {example}"
         )
     config = read_config(path)
     if config["kind"] not in BUILDERS:

@@ -85,6 +85,7 @@ def finished(results, command=(), **more):
             {"dataset": "folder:/data/My Flowers", "backbone": "timm:a/b.c"},
             "folder-My-Flowers/timm-a-b.c_padding_blmpp_seed0",
         ),
+        ({"dataset": "folder:~/photos"}, "folder-photos/resnet18_padding_blmpp_seed0"),
         ({"dataset": "folder:/data/deep/.."}, "folder-data/resnet18_padding_blmpp_seed0"),
     ],
 )
