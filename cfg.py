@@ -43,7 +43,7 @@ def _engine(text):
     """``auto``, ``plain``, or some of `SWITCHES` separated by commas, put into their fixed order."""
     if text in ("auto", "plain"):
         return text
-    names = set(text.split(","))
+    names = set(str(text).split(","))
     unknown = sorted(names - set(SWITCHES))
     if unknown:
         raise ValueError(f"--engine: unknown part {unknown[0]!r}; choose auto, plain, or some of {','.join(SWITCHES)}")

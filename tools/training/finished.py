@@ -163,11 +163,12 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
 def _read_settings(folder):
     path = folder / "config.json"
     if not path.is_file():
-        what, below = "holds no run" if folder.is_dir() else "is no folder", next(folder.rglob(path.name), None)
+        what = "holds no run" if folder.is_dir() else "is no folder"
+        below = next((found for depth in (1, 2, 3) for found in folder.glob("*/" * depth + path.name)), None)
         example = below.parent if below else "<results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
         raise FileNotFoundError(
             f"{folder} {what}: give the folder that a training script made (with config.json and "
-            f"{checkpoint_path('').name}), {example}"
+            f"{checkpoint_path('').name}), such as {example}"
         )
     config = read_config(path)
     if config["kind"] not in BUILDERS:
