@@ -5,11 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from tools.console import no_traceback_when_stopped, user_errors
+from tools.console import no_traceback_when_stopped, one_line_warnings, user_errors
 from tools import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,16 @@ def test_code_and_result_pass_where_nothing_happens():
     assert no_traceback_when_stopped()(lambda: 7)() == 7
     with pytest.raises(ZeroDivisionError), user_errors():
         raise ZeroDivisionError  # a bug keeps its traceback
+
+
+def test_a_warning_is_told_once():
+    """Data sets are opened twice: to see that they are there, and to read them."""
+    told = []
+    with warnings.catch_warnings(), one_line_warnings(told.append):
+        warnings.simplefilter("always")
+        for text in ("left out", "left out", "other"):
+            warnings.warn(text, stacklevel=1)
+    assert told == ["warning: left out", "warning: other"]
 
 
 # ---- errors of the system ----
