@@ -43,10 +43,10 @@ def _engine(text):
     """``auto``, ``plain``, or some of `SWITCHES` separated by commas, put into their fixed order."""
     if text in ("auto", "plain"):
         return text
-    names = set(text.split(","))
+    names = set(str(text).split(","))
     unknown = sorted(names - set(SWITCHES))
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}; choose auto, plain, or some of {','.join(SWITCHES)}")
+        raise ValueError(f"--engine: unknown part {unknown[0]!r}; choose auto, plain, or some of {','.join(SWITCHES)}")
     return ",".join(name for name in SWITCHES if name in names)
 
 
@@ -63,6 +63,14 @@ class Config:
     train_fraction: float = option(1.0, "data", "share of the training set to use, by class", "in (0, 1]", share)
     shots: int | None = option(
         None, "data", "training images of each class to use, drawn with the seed (default: all)", *at_least(1), type=int
+    )
+    test_fraction: float | None = option(
+        None,
+        "data",
+        "share of the images of each class to test on, drawn with the seed, for folder:PATH without test images",
+        "in (0, 1)",
+        lambda tested: 0 < tested < 1,
+        type=float,
     )
     validation_fraction: float = option(
         0.0,
@@ -126,7 +134,6 @@ class Config:
         "auto",
         "machine",
         f"auto: the whole fast network; plain: none of it; or some of {', '.join(SWITCHES)}, separated by commas",
-        type=_engine,
         affects="rounding",
     )
     deterministic: bool = option(
@@ -167,7 +174,8 @@ class Config:
         check_reprogramming_name(chosen["reprogramming"])
         chosen["mapping"] = check_mapping_name(chosen["mapping"])
         values = common | recipe(chosen) | {name: chosen[name] for name in ("mapping", *given)}
-        _refuse_epochs_without_training(values)
+        values["engine"] = _engine(values["engine"])
+        _refuse_settings_of_training(values, common)
         if values["shots"] is not None and values["train_fraction"] < 1:
             raise ValueError("--shots and --train-fraction exclude each other; give one of them")
         if values["dataset"].startswith("folder:"):
@@ -177,7 +185,9 @@ class Config:
                     "are; leave it out"
                 )
             # as tools find them from any folder, and elsewhere by a --data-path of theirs
-            values["dataset"] = "folder:" + os.path.realpath(values["dataset"].removeprefix("folder:"))
+            values["dataset"] = "folder:" + os.path.realpath(
+                os.path.expanduser(values["dataset"].removeprefix("folder:"))
+            )
             values["data_path"] = ""
         parts = {"mapping": MAPPINGS[values["mapping"]], "reprogramming": REPROGRAMMING[values["reprogramming"]]}
         own = {s.name: s for part in parts.values() for s in part.settings}
@@ -228,11 +238,17 @@ def _trains(chosen):
     return REPROGRAMMING[chosen["reprogramming"]].trained or MAPPINGS[chosen["mapping"]].trained
 
 
-def _refuse_epochs_without_training(values):
-    if values["epochs"] and not _trains(values):
+def _refuse_settings_of_training(values, common):
+    epochs, reprogramming = values["epochs"], values["reprogramming"]
+    if epochs and not _trains(values):
         raise ValueError(
-            f"--epochs {values['epochs']}: there is nothing to train with --reprogramming {values['reprogramming']} "
+            f"--epochs {epochs}: there is nothing to train with --reprogramming {reprogramming} "
             f"and --mapping {values['mapping']}, which is estimated once; leave it out"
+        )
+    if values["lr"] != common["lr"] and not (epochs and REPROGRAMMING[reprogramming].trained):
+        raise ValueError(
+            f"--lr {values['lr']}: no pattern is trained with --reprogramming {reprogramming} and {epochs} epochs; "
+            "leave it out"
         )
 
 

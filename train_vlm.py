@@ -6,15 +6,14 @@ templates filled with the task's class names. The accuracy of the model as it co
 Accuracy and time with CLIP's own weights are not measured.
 """
 
-import os
 from functools import partial
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave their core to others; read by torch
+from tools.console import no_traceback_when_stopped, user_errors  # before torch: it reads what `tools` sets
 
+# isort: split
 import torch
 
 from cfg import VLMConfig
-from tools.console import no_traceback_when_stopped, user_errors
 from tools.training.build import build_clip
 from tools.training.command_line import parse
 from tools.training.session import Session

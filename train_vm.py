@@ -7,15 +7,14 @@ With --backbone efficientnet_lite0 --mapping blmpp --epochs 10 --batch-size 64, 
 flowers end at 44.8 % of the test images, in 3 to 6 minutes on two cores. The published recipe is not measured.
 """
 
-import os
 from functools import partial
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave their core to others; read by torch
+from tools.console import no_traceback_when_stopped, user_errors  # before torch: it reads what `tools` sets
 
+# isort: split
 import torch
 
 from cfg import VMConfig
-from tools.console import no_traceback_when_stopped, user_errors
 from tools.training.build import build_vision
 from tools.training.command_line import parse
 from tools.training.session import Session

@@ -6,15 +6,14 @@ that the training pass before it produced anyway. The first mapping comes from o
 The command of the flowers in train_vm.py ends at 42.9 % here, in 2 minutes on two cores.
 """
 
-import os
 from functools import partial
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave their core to others; read by torch
+from tools.console import no_traceback_when_stopped, user_errors  # before torch: it reads what `tools` sets
 
+# isort: split
 import torch
 
 from cfg import VMFastConfig
-from tools.console import no_traceback_when_stopped, user_errors
 from tools.training.build import build_vision
 from tools.training.command_line import parse
 from tools.training.session import Session

@@ -39,6 +39,7 @@ class Opened(NamedTuple):
     class_names : list of str
         Name of each label.
     train, test : LmdbSource, FileSource, ArraySource, or what behaves like them
+        ``test`` is None where the test images are to be drawn from those of ``train``.
     check : callable, optional
         Called as check("train" or "test", labels) with (N,) int64 labels; raises a ValueError where they are wrong.
     """
@@ -100,12 +101,13 @@ def find_folder(name, data_path=None):
     """The folder of ``folder:PATH``.
 
     Without a `data_path` it is PATH. With one, PATH is where the data were: they are in `data_path` itself where that
-    holds ``train`` or ``train.lmdb``, else in its folder of the same name.
+    holds ``train`` or ``train.lmdb``, in its folder of the same name, or in class folders in `data_path` itself.
     """
-    folder = Path(name.removeprefix(FOLDER_PREFIX))
+    folder = Path(os.path.expanduser(name.removeprefix(FOLDER_PREFIX)))  # the shell leaves a ~ behind the prefix
     if data_path:
         folder, moved = Path(data_path), folder.name
-        if not any((folder / content).exists() for content in ("train", "train.lmdb")):
+        here = any((folder / content).exists() for content in ("train", "train.lmdb"))
+        if not here and ((folder / moved).is_dir() or not sources.holds_classes(folder)):
             folder /= moved
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected one that holds train/<class>/* and test/<class>/*")
@@ -113,7 +115,7 @@ def find_folder(name, data_path=None):
 
 
 def open_folder(name, data_path=None):
-    """Open ``folder:PATH``: an ILM-VP folder, or ``train/<class>/*`` and ``test/<class>/*``; see `find_folder`."""
+    """Open ``folder:PATH``: an ILM-VP folder, or what `data.sources.class_folders` takes; see `find_folder`."""
     folder = find_folder(name, data_path)
     if (folder / "train.lmdb").exists():
         return _open_ilmvp_folder(folder)
@@ -216,12 +218,12 @@ def image_size(name):
     return dataset_info(name).image_size
 
 
-def open_task(name, data_path):
+def open_task(name, data_path, test_fraction=None):
     """Open a data set and look at its folders and class names, but at no image.
 
     Parameters
     ----------
-    name, data_path
+    name, data_path, test_fraction
         As `load_task` takes them.
 
     Returns
@@ -231,11 +233,19 @@ def open_task(name, data_path):
     Raises
     ------
     FileNotFoundError, ValueError
-        The data set is unknown, missing or has one class only; what torchvision downloads is not looked for.
+        The data set is unknown, missing or has one class only; it has no test images and there is no `test_fraction`,
+        or both. What torchvision downloads is not looked for.
     """
     opened = Opened(*dataset_info(name).open(name, data_path))
     if len(opened.class_names) < 2:
         raise ValueError(f"{name} has the classes {opened.class_names}; expected two or more to tell apart")
+    if opened.test is None and test_fraction is None:
+        raise ValueError(
+            f"{name} has no test images: put them into a folder test/<class>/ beside train/<class>/, or give "
+            "--test-fraction 0.2 to draw that share of each class"
+        )
+    if opened.test is not None and test_fraction is not None:
+        raise ValueError(f"--test-fraction: {name} has test images ({opened.test.title}); leave it out")
     return opened
 
 
@@ -249,6 +259,7 @@ def load_task(
     workers=0,
     train_fraction=1.0,
     shots=None,
+    test_fraction=None,
     validation_fraction=0.0,
     seed=0,
     progress=True,
@@ -259,11 +270,10 @@ def load_task(
     ----------
     name : str
         A key of `DATASETS`, or ``folder:PATH`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``, or
-        with an ILM-VP folder as PATH.
+        ``PATH/<class>/*``, or with an ILM-VP folder as PATH.
     data_path : str, Path or None
         Holds the ILM-VP folder `name`, or torchvision's files. For ``folder:PATH`` None takes PATH as it is; else
-        the data are in `data_path` itself where that holds ``train`` or ``train.lmdb``, else in its folder of the
-        same name as PATH.
+        the data are where `find_folder` says.
     train_preset, test_preset : Preset or None
         How the images of each split are stored; None leaves a split out.
     cache_path : str, Path or None
@@ -275,6 +285,9 @@ def load_task(
     shots : int, optional
         Training samples of each class to use, 1 or more, or all where a class has fewer; not together with
         `train_fraction`. Fewer shots are a part of more.
+    test_fraction : float, optional
+        In (0, 1): the share of each class's samples to draw as the test set, rounded half up, at least one, never all;
+        for a data set without one, and only there. What is left is the training set.
     validation_fraction : float
         In [0, 1): the share of each class's training samples, of those that are used, to hold out as
         ``validation``, rounded half up, never all. They are stored as `test_preset` says; without it they are left
@@ -298,7 +311,7 @@ def load_task(
     -----
     UserWarning
         The data set has other numbers of samples or classes than the published table; a class has fewer samples than
-        `shots`.
+        `shots`; a class of one sample has none to test.
     """
     info = dataset_info(name)
     if not 0 < train_fraction <= 1:
@@ -307,29 +320,30 @@ def load_task(
         raise ValueError(f"shots is {shots}, expected 1 or more training images of each class")
     if shots is not None and train_fraction < 1:
         raise ValueError(f"shots {shots} and train fraction {train_fraction} exclude each other; give one of them")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise ValueError(f"test fraction is {test_fraction}, expected above 0 and below 1")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation fraction is {validation_fraction}, expected 0 or more and below 1")
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 (one per core) or more")
-    opened = open_task(name, data_path)
+    opened = open_task(name, data_path, test_fraction)
     class_names = [clean_class_name(each) for each in opened.class_names]
     # the smaller split first: what is wrong with it shows before the larger one is decoded
-    parts = {"test": ("test", test_preset), "train": ("train", train_preset)}
+    parts = {"test": ("train" if opened.test is None else "test", test_preset), "train": ("train", train_preset)}
     if validation_fraction and None not in (train_preset, test_preset):
         parts["validation"] = ("train", test_preset)
+    parts = {part: (split, preset) for part, (split, preset) in parts.items() if preset is not None}
     files = {}
     for part, (split, preset) in parts.items():
         source = getattr(opened, split)
         in_memory = isinstance(source, sources.ArraySource)  # made on the spot: nothing worth keeping on disk
-        if not (preset is None or cache_path is None or in_memory):
+        if not (cache_path is None or in_memory):
             files[part] = Path(cache_path) / _cache_name(name, split, source, preset)
-    image_sets = dict.fromkeys(("train", "test", "validation"))
+    image_sets, decoded = dict.fromkeys(("train", "test", "validation")), {}
     with all_or_none(files.values()):
         for part, (split, preset) in parts.items():
-            if part == "validation" and preset.storage == train_preset.storage:
-                image_sets[part] = image_sets["train"]
-            elif preset is not None:
-                image_sets[part] = stored_images(
+            if (split, preset.storage) not in decoded:
+                decoded[split, preset.storage] = stored_images(
                     getattr(opened, split),
                     preset,
                     files.get(part),
@@ -337,6 +351,9 @@ def load_task(
                     progress=progress,
                     check=lambda labels, split=split: _check_labels(opened, split, labels),
                 )
+            image_sets[part] = decoded[split, preset.storage]
+    if test_fraction is not None:
+        _draw_test_set(image_sets, class_names, test_fraction, seed)
     if None not in (image_sets["train"], image_sets["test"]):
         _warn_if_unusual(name, info, image_sets, class_names)
     if image_sets["train"] is not None:
@@ -366,7 +383,7 @@ def _cores():
 
 def _cache_name(name, split, source, preset):
     """File name of a cache: readable, and different for sources at different places."""
-    place = hashlib.sha256(source.place.encode()).hexdigest()[:8]
+    place = hashlib.sha256(os.fsencode(source.place)).hexdigest()[:8]
     label = re.sub(r"[^A-Za-z0-9]+", "-", name.removeprefix(FOLDER_PREFIX)).strip("-")[-40:]
     return f"{label}-{split}-{preset.storage}-{place}.npy"
 
@@ -382,6 +399,23 @@ def _warn_if_unusual(name, info, image_sets, class_names):
     ]
     if other:
         warnings.warn(f"{name} has {', '.join(other)}; results do not compare with published ones", stacklevel=3)
+
+
+def _draw_test_set(image_sets, class_names, test_fraction, seed):
+    """Part sets of all images into those to test and the others, in place."""
+    labels = next(image_set.labels for image_set in image_sets.values() if image_set is not None)
+    share = Fraction(str(test_fraction))
+    tested = _draw(labels, seed, lambda count: min(max(1, int(count * share + Fraction(1, 2))), count - 1))
+    if not len(tested):
+        raise ValueError("--test-fraction needs two or more images of a class; each class has one")
+    single = [class_names[label] for label in (torch.bincount(labels) == 1).nonzero().flatten().tolist()]
+    if single:
+        warnings.warn(f"only one image of {sources.listed(single)}: it is not tested", stacklevel=3)
+    remaining = torch.ones(len(labels), dtype=torch.bool)
+    remaining[tested] = False
+    for part, image_set in image_sets.items():
+        if image_set is not None:
+            image_sets[part] = image_set.subset(tested if part == "test" else remaining.nonzero().flatten())
 
 
 def _choose(labels, class_names, train_fraction, shots, validation_fraction, seed):

@@ -113,11 +113,26 @@ class ArraySource:
         pass
 
 
+class BadFolders(ValueError):
+    """What is wrong with class folders; ``faults`` is the list, its first one the message."""
+
+    def __init__(self, faults):
+        more = f" (and {len(faults) - 1} more; python -m tools.check_data lists them)" if len(faults) > 1 else ""
+        super().__init__(faults[0] + more)
+        self.faults = faults
+
+
+def holds_classes(root):
+    """Whether there are image files in the folders of ``root``."""
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.glob("*/*"))
+
+
 def class_folders(root):
     """Sources of ``root/train/<class>/*`` and ``root/test/<class>/*``, and the names of the class folders.
 
-    Hidden files and what archives and file managers leave behind are passed over; anything else that is no image
-    file is an error, so that no image is dropped unnoticed for its suffix.
+    Without ``train`` and ``test``, the class folders may lie in ``root`` itself. Hidden files and what archives and
+    file managers leave behind are passed over; anything else that is no image file is an error, so that no image is
+    dropped unnoticed for its suffix.
 
     Parameters
     ----------
@@ -126,91 +141,103 @@ def class_folders(root):
     Returns
     -------
     train, test : FileSource
+        ``test`` is None where there is no such folder.
     class_names : list of str
         Folder names in sorted order.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        A split is missing, a class folder is empty, is found in "test" only or has a name that can't be printed, a
-        file is no image, or a link leads nowhere.
+    FileNotFoundError
+        There are no images, or none for training.
+    BadFolders
+        A class folder is empty, is found in "test" only or has a name that can't be printed, a file is no image, or a
+        link leads nowhere.
 
     Warns
     -----
     UserWarning
         A class has no test image; ``val`` is used as the test set, where there is no ``test``, or is left out.
     """
-    folders = {"train": root / "train", "test": root / "test"}
-    if (root / "val").is_dir():
-        if not folders["test"].is_dir():
-            folders["test"] = root / "val"
-            warnings.warn(f"{root} has no test folder: {root / 'val'} is the test set", stacklevel=2)
-        else:
-            warnings.warn(f"{root / 'val'} is left out: {folders['test']} is the test set", stacklevel=2)
-    found = {split: _classes(folder, root) for split, folder in folders.items()}
-    names = sorted(found["train"])
-    unknown = sorted(found["test"].keys() - found["train"].keys())
-    if unknown:
-        raise ValueError(
-            f"{folders['test'] / unknown[0]} has no counterpart in {folders['train']}; a class that is tested "
-            "needs training images, add them or rename the folder"
+    there = [split for split in ("train", "test", "val") if (root / split).is_dir()]
+    if "train" not in there and there:
+        raise FileNotFoundError(f"{root / 'train'} is not a folder; expected {root}/train/<class>/* and test/<class>/*")
+    if not there and not holds_classes(root):
+        raise FileNotFoundError(
+            f"{root} holds no class folders with images; expected {root}/train/<class>/* and {root}/test/<class>/*, "
+            f"or {root}/<class>/*"
         )
-    untested = [name for name in names if name not in found["test"]]
+    if {"test", "val"} <= set(there):
+        warnings.warn(f"{root / 'val'} is left out: {root / 'test'} is the test set", stacklevel=2)
+    elif "val" in there:
+        warnings.warn(f"{root} has no test folder: {root / 'val'} is the test set", stacklevel=2)
+    folders = [root / split for split in there[:2]] or [root]
+    faults = []
+    found = [_classes(folder, faults) for folder in folders]
+    names = sorted(found[0])
+    untrained = [name for name in sorted(found[-1]) if name not in names]
+    if untrained:
+        faults.append(
+            f"{folders[-1] / untrained[0]} has no counterpart in {folders[0]}; a class that is tested needs training "
+            "images, add them or rename the folder"
+        )
+    if faults:
+        raise BadFolders(faults)
+    untested = [name for name in names if name not in found[-1]]
     if untested:
         warnings.warn(
-            f"{folders['test']} has no images of {listed(untested)}: the test accuracy does not tell about them",
+            f"{folders[-1]} has no images of {listed(untested)}: the test accuracy does not tell about them",
             stacklevel=2,
         )
     sources = []
-    for split, folder in folders.items():
-        pairs = [(path, label) for label, name in enumerate(names) for path in found[split].get(name, [])]
-        paths, labels = zip(*pairs, strict=True)
-        sources.append(FileSource(f"{root.name}/{split}", folder, list(paths), list(labels)))
-    return *sources, names
+    for folder, classes in zip(folders, found, strict=True):
+        pairs = [(path, label) for label, name in enumerate(names) for path in classes.get(name, [])]
+        sources.append(FileSource(str(folder.relative_to(root.parent)), folder, *map(list, zip(*pairs, strict=True))))
+    return sources[0], sources[1] if len(sources) > 1 else None, names
 
 
-def _classes(folder, root):
-    """Class folders of one split, name to image files."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; expected {root}/train/<class>/* and {root}/test/<class>/*")
+def _classes(folder, faults):
+    """Class folders of one split, name to image files; what is wrong is added to ``faults``."""
     classes = {}
-    for entry in _entries(folder):
+    for entry in _entries(folder, faults):
         if not entry.is_dir():
-            raise ValueError(
-                f"{printable(entry)} is not a class folder; expected {folder}/<class>/*, move or remove it"
-            )
-        if not entry.name.isprintable():
-            raise ValueError(
+            faults.append(f"{printable(entry)} is not a class folder; expected {folder}/<class>/*, move or remove it")
+        elif not entry.name.isprintable():
+            faults.append(
                 f"{printable(entry)}: the name of this class folder holds control characters or is not UTF-8; rename it"
             )
-        classes[entry.name] = _image_files(entry)
-    if not classes:
-        raise ValueError(f"{folder} has no class folders; expected {folder}/<class>/*")
+        else:
+            classes[entry.name] = _image_files(entry, faults)
+    if not classes and not faults:
+        faults.append(f"{folder} has no class folders; expected {folder}/<class>/*")
     return classes
 
 
-def _image_files(folder):
-    files = _entries(folder)
-    if not files:
-        raise ValueError(f"{folder} is empty; add images of this class or remove the folder")
-    for path in files:
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            raise ValueError(
+def _image_files(folder, faults):
+    before, files = len(faults), []
+    for path in _entries(folder, faults):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            files.append(path)
+        else:
+            faults.append(
                 f"{printable(path)} is not an image file; allowed are {' '.join(IMAGE_SUFFIXES)}; move or remove it"
             )
+    if not files and len(faults) == before:
+        faults.append(f"{folder} is empty; add images of this class or remove the folder")
     return files
 
 
-def _entries(folder):
-    """What lies in a folder, sorted, without clutter."""
-    entries = sorted(path for path in folder.iterdir() if path.name.lower() not in _CLUTTER and path.name[0] != ".")
-    for path in entries:
-        if not path.exists():
-            raise ValueError(
+def _entries(folder, faults):
+    """What lies in a folder, sorted, without clutter and links that lead nowhere."""
+    for path in sorted(folder.iterdir()):
+        if path.name.lower() in _CLUTTER or path.name[0] == ".":
+            continue
+        if path.exists():
+            yield path
+        else:
+            faults.append(
                 f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not there; restore that or "
                 "remove the link"
             )
-    return entries
 
 
 def listed(names, limit=5):

@@ -29,13 +29,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from tools.console import Parser, user_errors
 from data import BatchLoader, load_task, padding_preset, write_ilmvp
 from data.ilmvp import LmdbSource
 from data.loader import epoch_generator
 from mapping import build_mapping
 from models import SWITCHES, PaddingVR, build_classifier, build_network
 from models.torchvision_shim import ensure_torchvision
-from tools.console import Parser, user_errors
 from tools.training.numerics import choose_device, set_up_arithmetic
 from tools.training.run_folder import check_writable
 from tools.training.trainer import Trainer

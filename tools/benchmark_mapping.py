@@ -11,6 +11,7 @@ counts statistics, scratch and mapping, but neither logits nor torch.
 
 import multiprocessing
 import re
+import resource
 import sys
 import time
 import warnings
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mapping import build_mapping, check_mapping_name
 from tools.console import Parser, user_errors
+from mapping import build_mapping, check_mapping_name
 from tools.training.numerics import choose_device
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841
@@ -134,8 +135,6 @@ def _peak(device):
     if sys.platform == "linux":  # where getrusage counts what the parent held when it forked
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -2,8 +2,8 @@
 
 Check that a data set is whole: every image is read and decoded, images of one colour are named, labels and numbers are
 compared with split.json and with the published sizes. PATH is an ILM-VP folder, or one with train/<class>/* and
-test/<class>/*; --dataset NAME takes any data set that can be trained on, those of the paper under --data-path (those of
-torchvision are downloaded where they are missing).
+test/<class>/*, or with <class>/* alone; --dataset NAME takes any data set that can be trained on, those of the paper
+under --data-path (those of torchvision are downloaded where they are missing).
 
 Exit code 0 where all is well, 1 with a list of findings, 2 where there is nothing to check. About 200 photographs a
 second and core.
@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tools.console import Parser, one_line_warnings, user_errors
 from data import DATASETS, check_dataset_name, clean_class_name
 from data.decode import open_image
 from data.ilmvp import LmdbSource, check_against_split, read_split
 from data.registry import FOLDER_PREFIX, find_folder, open_ilmvp
-from data.sources import class_folders
-from tools.console import Parser, one_line_warnings, user_errors
+from data.sources import BadFolders, class_folders
 from tools.training.plugins import load_plugin_of
+
+FAULTS_LISTED = 100  # of names and links, before any image is looked at
 
 
 def check_folder(path, name=None, workers=0):
@@ -33,7 +35,7 @@ def check_folder(path, name=None, workers=0):
     Parameters
     ----------
     path : Path
-        ILM-VP folder, or one with ``train/<class>/*`` and ``test/<class>/*``.
+        ILM-VP folder, or one with ``train/<class>/*`` and ``test/<class>/*``, or with ``<class>/*``.
     name : str, optional
         Data set whose published sizes are compared, where there are any.
     workers : int
@@ -48,29 +50,28 @@ def check_folder(path, name=None, workers=0):
     Raises
     ------
     FileNotFoundError
-        The folder is neither.
+        There is no such folder, or it is none of these.
     """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder; give the folder of a data set, or --dataset NAME")
     parts = ("train.lmdb", "test.lmdb", "split.json")
     if any((path / part).exists() for part in parts):
         sources = {split: LmdbSource(path / f"{split}.lmdb") for split in ("train", "test")}
         return _check(path.name, sources, workers, DATASETS.get(name), path / "split.json")
-    if not any((path / part).is_dir() for part in ("train", "test")):
-        raise FileNotFoundError(
-            f"{path} is no data set; expected an ILM-VP folder ({', '.join(parts)}) or train/<class>/* and "
-            "test/<class>/*"
-        )
     try:
         train, test, class_names = class_folders(path)
-    except (FileNotFoundError, ValueError) as error:
-        return str(path), [str(error)]
+    except BadFolders as error:
+        more = [f"and {len(error.faults) - FAULTS_LISTED} more"] if len(error.faults) > FAULTS_LISTED else []
+        return str(path), error.faults[:FAULTS_LISTED] + more
     return _check(path.name, {"train": train, "test": test}, workers, DATASETS.get(name), class_names=class_names)
 
 
 def check_named(name, data_path, workers=0):
     """Findings about a data set of `DATASETS`; as `check_folder`."""
     info = DATASETS[name]
-    if info.open is open_ilmvp:  # more is said of damaged ones
-        return check_folder(Path(data_path) / name, name, workers)
+    folder = Path(data_path) / name
+    if info.open is open_ilmvp and folder.is_dir():  # more is said of damaged ones
+        return check_folder(folder, name, workers)
     class_names, train, test, *_ = info.open(name, data_path)
     return _check(name, {"train": train, "test": test}, workers, info, class_names=class_names)
 
@@ -83,6 +84,8 @@ def _check(title, sources, workers, published, split_file=None, class_names=None
         except (FileNotFoundError, ValueError) as error:
             findings.append(str(error))
     for split, source in sources.items():
+        if source is None:
+            continue
         try:
             labels[split], bad = _examine(source, workers)
         except (FileNotFoundError, ValueError) as error:  # the file as a whole
@@ -106,6 +109,7 @@ def _check(title, sources, workers, published, split_file=None, class_names=None
         findings += _check_classes(class_names, labels.get("train"), published)
     sizes = [f"{len(found)} {split} images" for split, found in labels.items()]
     sizes += [] if class_names is None else [f"{len(class_names)} classes"]
+    sizes += ["no test images: train with --test-fraction"] if sources["test"] is None else []
     return f"{title}: {', '.join(sizes) or 'nothing readable'}", findings
 
 
@@ -190,7 +194,7 @@ def main(argv=None):
             path = find_folder(name, arguments.data_path)
             summary, findings = check_folder(path, workers=arguments.workers)
         else:
-            path = Path(arguments.path.removeprefix(FOLDER_PREFIX))
+            path = Path(arguments.path.removeprefix(FOLDER_PREFIX)).expanduser()
             summary, findings = check_folder(path, Path(os.path.realpath(path)).name, arguments.workers)
     print(summary)
     for finding in findings:

@@ -43,6 +43,8 @@ def no_traceback_when_stopped():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell closed it, as by >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # but in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does with names that are not UTF-8
     try:
         yield
         sys.stdout.flush()
@@ -77,13 +79,14 @@ def user_errors():
 
 @contextmanager
 def one_line_warnings(show=lambda text: print(text, file=sys.stderr)):
-    """Hand each UserWarning to ``show`` as one line, in the first of several processes."""
-    earlier = warnings.showwarning
+    """Hand each UserWarning to ``show`` as one line, once, in the first of several processes."""
+    earlier, told = warnings.showwarning, set()
 
     def shown(message, category, *place, **where):
         if category is not UserWarning:
             earlier(message, category, *place, **where)
-        elif os.environ.get("RANK", "0") == "0":
+        elif os.environ.get("RANK", "0") == "0" and str(message) not in told:
+            told.add(str(message))
             show(f"warning: {message}")
 
     warnings.showwarning = shown

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from data import BatchLoader
 from data.files import printable, write_json, write_text
-from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 from tools.training.run_folder import check_writable
 
@@ -58,7 +58,7 @@ def main(argv=None):
         write_json(out / f"evaluation{suffix}.json", evaluation)
         counts = confusion(ranking(logits)[:, 0], labels, len(run.class_names))
         write_text(out / f"confusion{suffix}.csv", as_csv(counts, run.class_names))
-        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation))
+        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation, run.state))
 
 
 def parse(argv):
@@ -183,13 +183,13 @@ def as_csv(counts, class_names):
     return text.getvalue()
 
 
-def as_table(evaluation):
-    """For people: the measures, then the classes from the best to the worst."""
+def as_table(evaluation, state):
+    """For people: the measures of a run in a ``state``, then the classes from the best to the worst."""
     e, classes = evaluation, evaluation["classes"]
     width = max(len("class"), *(len(printable(c["name"])) for c in classes))
     lines = [
         f"{printable(e['dataset'])}, {e['backbone']}, {e['reprogramming']}, {e['mapping']}, seed {e['seed']}: "
-        f"{e['num_samples']} test images, after epoch {e['epoch'] + 1} ({e['checkpoint']})",
+        f"{e['num_samples']} test images, after {state} ({e['checkpoint']})",
         "",
         f"accuracy                      {e['accuracy']:8.2%}",
         f"top-5 accuracy                {e['top5_accuracy']:8.2%}",

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from data import BatchLoader, ImageSet
 from data.files import printable
 from data.sources import IMAGE_SUFFIXES, FileSource
-from tools.console import Parser, one_line_warnings, user_errors, warn
 from tools.training.finished import add_run_arguments, load_run
 
 BATCH_SIZE, THREADS = 32, 4

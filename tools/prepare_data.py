@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from tools.console import Parser, user_errors
 from data import DATASETS, write_ilmvp
 from data.decode import open_image, upright
 from data.files import sync_folder
@@ -42,7 +43,6 @@ from data.ilmvp import read_split
 from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
 from models.torchvision_shim import ensure_torchvision
-from tools.console import Parser, user_errors
 
 JPEG_QUALITY = 95  # of shortened photographs
 _CHUNK = 256  # images between two commits: what an interruption costs

@@ -32,9 +32,10 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tools.console import Parser, one_line_warnings, user_errors, warn
 from data.files import printable, read_json
 from data.image_set import take
-from tools.console import Parser, one_line_warnings, user_errors, warn
+from mapping import MAPPINGS
 from tools.training.finished import add_run_arguments, load_run
 
 STYLE = {
@@ -226,7 +227,9 @@ class Drawing:
             options = {"norm": PowerNorm(0.5, 0, max(table.max(), 1e-12))}
         figure, axis, bar, every = self._heat_map(table, columns, rows, self.source_names, **options)
         bar.ax.set_title("ω", fontsize=9)
-        axis.set(xlabel="downstream label" + _named(every), ylabel=f"pretrained label ({len(rows)} of {len(weights)})")
+        embedded = self.run.kind == "vlm" and MAPPINGS[self.run.settings.mapping].embedded
+        sources = "dimension of the image embedding" if embedded else "pretrained label"
+        axis.set(xlabel="downstream label" + _named(every), ylabel=f"{sources} ({len(rows)} of {len(weights)})")
         return figure, {
             "rows": [self.source_names[s] for s in rows],
             "columns": [self.class_names[t] for t in columns],
@@ -556,6 +559,9 @@ def draw(run, chosen, folder, checkpoint="last"):
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks shows as boxes
         for name in FIGURES:
+            if not run.settings.epochs and name in ("curves", "evolution"):
+                yield name, "nothing was trained: there is one estimate and no epoch"
+                continue
             try:
                 figure, numbers[name] = getattr(drawing, name)()
             except NotDrawn as reason:

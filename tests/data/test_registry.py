@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -143,8 +144,13 @@ def test_class_folders(tmp_path):
         (lambda root: (root / "train/bird").mkdir(), ValueError, "train/bird is empty; add images"),
         (
             lambda root: (root / "test").rename(root / "validation"),
+            ValueError,
+            "photos has no test images: .* --test-fraction 0.2 to draw that share of each class",
+        ),
+        (
+            lambda root: (root / "train").rename(root / "training"),
             FileNotFoundError,
-            "test is not a folder; expected",
+            "photos/train is not a folder; expected .*photos/train/<class>",
         ),
         (
             lambda root: (root / "train/cat/a.png").symlink_to("gone.png"),
@@ -199,6 +205,67 @@ def test_val_stands_in_for_a_missing_test_folder_and_is_left_out_beside_one(tmp_
     (root / "more" / "test").rename(root / "test")
     with pytest.warns(UserWarning, match="val is left out: .*test is the test set"):
         assert task_of(f"folder:{root}").test.names[0].startswith(str(root / "test"))
+
+
+@pytest.mark.parametrize("train", ["train", ""], ids=["train alone", "class folders alone"])
+def test_a_share_of_each_class_is_tested_where_there_are_no_test_images(tmp_path, train):
+    photos = make_class_folders(tmp_path / "all", {"cat": 10, "dog": 4, "eel": 2, "fox": 1}) / "train"
+    shutil.rmtree(photos.parent / "test")
+    if not train:
+        photos = photos.rename(tmp_path / "flat")
+    root = photos.parent if train else photos
+    (root / "__MACOSX").mkdir()
+    (root / ".DS_Store").write_text("clutter")
+    name = f"folder:{root}"
+    refused(ValueError, "has no test images: .*--test-fraction 0.2", name)
+    with pytest.warns(UserWarning, match="only one image of 'fox': it is not tested"):
+        task = task_of(name, test_fraction=0.25)
+    assert torch.bincount(task.test.labels).tolist() == [3, 1, 1]  # 2.5 and 0.5 are rounded up, 1 is left to train
+    assert torch.bincount(task.train.labels).tolist() == [7, 3, 1, 1]
+    everything = sorted(str(path) for path in photos.rglob("*.png"))
+    assert sorted(task.train.names + task.test.names) == everything
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again, other, larger = (task_of(name, test_fraction=f, seed=s) for f, s in ((0.25, 0), (0.25, 1), (0.5, 0)))
+        parted = task_of(name, test_fraction=0.25, validation_fraction=0.25, shots=5)
+        alone = load_task(name, None, None, padding_preset(16), cache_path=tmp_path / "cache", test_fraction=0.25)
+        (tmp_path / "other").symlink_to(root)
+        for data_path in (root, root.parent, tmp_path / "other"):
+            moved = task_of(f"folder:/elsewhere/{root.name}", data_path, test_fraction=0.25)
+            assert moved.fingerprint == task.fingerprint
+    assert again.fingerprint == task.fingerprint and other.test.names != task.test.names
+    assert set(task.test.names) < set(larger.test.names)
+    assert parted.test.fingerprint == alone.test.fingerprint == task.test.fingerprint
+    assert not set(parted.validation.names) & set(parted.test.names + parted.train.names)
+    assert len(parted.train) == 4 + 2 + 1 + 1 and len(parted.validation) == 2
+
+
+def test_a_share_to_test_is_for_data_without_test_images(tmp_path):
+    root = make_class_folders(tmp_path / "photos", {"cat": 1, "dog": 1})
+    refused(ValueError, r"has test images \(photos/test\); leave it out", f"folder:{root}", test_fraction=0.2)
+    refused(ValueError, r"digits has test images \(digits/test\); leave it out", "digits", test_fraction=0.2)
+    refused(ValueError, "test fraction is 1, expected above 0 and below 1", f"folder:{root}", test_fraction=1)
+    shutil.rmtree(root / "test")
+    refused(ValueError, "needs two or more images of a class", f"folder:{root}", test_fraction=0.2)
+    refused(
+        FileNotFoundError, "holds no class folders with images; expected", f"folder:{root.parent}", test_fraction=0.2
+    )
+
+
+def test_all_faults_of_class_folders_are_gathered(tmp_path):
+    root = make_class_folders(tmp_path / "photos")
+    for i in range(3):
+        (root / f"train/cat/a{i}.png").symlink_to("gone.png")
+    (root / "test/notes.txt").write_text("hi")
+    refused(ValueError, r"a0.png is a link to gone.png.* \(and 3 more; python -m tools.check_data", f"folder:{root}")
+    with pytest.raises(sources.BadFolders) as caught:
+        sources.class_folders(root)
+    assert [fault.split(" is ")[0].split("/")[-1] for fault in caught.value.faults] == [
+        "a0.png",
+        "a1.png",
+        "a2.png",
+        "notes.txt",
+    ]
 
 
 def test_one_class_is_too_few(tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from cfg import VLMConfig, VMConfig, VMFastConfig, flags_page
 from mapping import MAPPINGS, Setting
-from tests.data.helpers import encoded_image, make_ilmvp, put
+from tests.data.helpers import encoded_image, make_class_folders, make_ilmvp, put
 from tests.system.processes import finish, start_module
 from tools.training.command_line import build_parser, parse
 from tools.training.run_folder import load_checkpoint
@@ -142,6 +142,11 @@ BAD = [
     (["--laplace", "-1"], ["--laplace must be 0 or more, got -1"]),
     (["--laplace", "nan"], ["--laplace", "nan"]),
     (["--lr", "0"], ["--lr must be above 0"]),
+    (["--lr", "5", "--epochs", "0"], ["--lr 5.0: no pattern is trained with --reprogramming padding and 0 epochs"]),
+    (
+        ["--lr", "5", "--reprogramming", "none", "--mapping", "linear"],
+        ["--lr 5.0: no pattern is trained with --reprogramming none"],
+    ),
     (["--train-fraction", "0"], ["--train-fraction must be in (0, 1]"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--device", "tpu"], ["--device tpu", "cpu, cuda"]),
@@ -335,6 +340,34 @@ def test_a_setting_is_described_once(monkeypatch, change, flag, given, refused, 
     (row,) = [line for line in flags_page().splitlines() if line.startswith(f"| `{flag}` |")]
     cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
     assert cells[1:] == [f"`{setting.default}`", f"{setting.help} (for blm)", setting.allowed, setting.affects]
+
+
+def test_names_that_are_not_utf_8(tmp_path, capfd):
+    """Images may lie in folders and files of any name; run folders must have names that safetensors takes."""
+    import train_vm
+    from tools import check_data, predict
+
+    photos, more = tmp_path / os.fsdecode(b"caf\xe9"), ["--weights", "none", "--canvas-size", "64"]
+    make_class_folders(photos)
+    (photos / "train/cat/0.png").rename(photos / "train/cat" / os.fsdecode(b"\xe9.png"))
+    command = ["--dataset", f"folder:{photos}", "--reprogramming", "none", "--mapping", "rlm", *more]
+    train_vm.main([*command, "--results-path", str(tmp_path / "results")])
+    (folder,) = (path.parent for path in tmp_path.rglob("result.json"))
+    assert check_data.main([str(photos)]) == 0
+    predict.main([str(folder), str(photos), "--csv"])
+    printed = capfd.readouterr().out
+    assert r"task: folder:" in printed and r"caf\udce9, 5 training" in printed
+    assert r"caf\udce9/train/cat/\udce9.png,1," in printed
+    with pytest.raises(SystemExit):
+        train_vm.main([*command, "--results-path", str(photos / "results")])
+    assert "its name is not UTF-8; choose another --results-path" in capfd.readouterr().err
+    assert not (photos / "results").exists()
+
+
+def test_parts_of_the_fast_network_are_checked_and_ordered_from_python_too():
+    with pytest.raises(ValueError, match="--engine: unknown part 'warp'; choose auto, plain, or some of"):
+        VMConfig.of(dataset="digits", engine="warp")
+    assert VMConfig.of(dataset="digits", engine="fused-ops,channels-last").engine == "channels-last,fused-ops"
 
 
 def test_two_parts_cannot_describe_one_setting_differently(monkeypatch):

@@ -82,6 +82,23 @@ def test_your_own_part(project, title):
     assert "fast path" in output
 
 
+def test_from_python_prints_what_stands_below(project):
+    """To within what other CPUs round: numbers may differ by 3 %, times by any factor."""
+    text = section(GUIDES, "From Python and a notebook")
+    pieces, outputs = blocks(text, "python"), blocks(text, "text")
+    program = "\nprint('#')\n".join(pieces)
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    numbers = re.compile(r"\d+\.\d+\b(?! s$)", re.MULTILINE)
+    for printed, expected in zip(done.stdout.split("#\n"), outputs, strict=True):
+        printed = "\n".join(printed.splitlines()[-len(expected.splitlines()) :])
+        assert re.sub(r"\d+\.\d+", "#", printed) == re.sub(r"\d+\.\d+", "#", expected.rstrip("\n"))
+        found, wanted = ([float(number) for number in numbers.findall(part)] for part in (printed, expected))
+        assert found == pytest.approx(wanted, rel=0.03)
+
+
 def test_the_readme_is_read_in_minutes():
     assert len(README.splitlines()) <= 150
 

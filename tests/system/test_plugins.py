@@ -163,6 +163,12 @@ def test_a_part_of_ones_own_through_all_commands(tmp_path, part):
     printed = run("tools.predict", folder, tmp_path / "image.png", "--json", "--plugin", plugin)
     predicted = json.loads(printed[printed.index("[\n") :])  # behind what was warned of
     assert len(predicted) == 1
+    plugin.write_text(source + STOP + "# edited")
+    warned = run("tools.predict", folder, tmp_path / "image.png", "--plugin", plugin)
+    assert f"warning: {folder} was trained with another plugin" in warned
+    refused = run("train_vm", *training, code=2)
+    assert "holds a run with other plugin; give those of that time" in refused and refused.count("\n") == 1
+    plugin.write_text(source + STOP)
     run("tools.export", folder, "--format", "torch", "--plugin", plugin)
     assert (folder / "model.pt2").stat().st_size > 0
     # which reads what was written, and runs nothing
@@ -184,6 +190,7 @@ def run_here(capsys, *flags):
         ("mine.txt", "", "mine.txt: expected a Python file, with the suffix .py"),
         ("raises.py", "raise RuntimeError('two\\nlines')", "raises.py failed: RuntimeError: two lines"),
         ("syntax.py", "def", "syntax.py failed: SyntaxError: "),
+        ("exits.py", "import sys; sys.exit('I leave')", "exits.py failed: SystemExit: I leave"),
         ("leaves.py", "import absent_module_of_mine", "leaves.py failed: ModuleNotFoundError: "),
     ],
 )

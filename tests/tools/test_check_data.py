@@ -47,7 +47,22 @@ def test_unreadable_file_in_class_folders(tmp_path, capsys):
     code, _, findings = check(capsys, photos)
     assert code == 1 and len(findings) == 1 and "train/cat/1.png: not a readable image" in findings[0]
     (photos / "train/bird").mkdir()
-    assert "bird is empty" in check(capsys, photos)[2][0]
+    (photos / "test/cat/a.png").symlink_to("gone.png")
+    findings = check(capsys, photos)[2]
+    assert "bird is empty" in findings[0] and "test/cat/a.png is a link to gone.png" in findings[1]
+
+
+def test_folders_without_test_images(tmp_path, capsys):
+    photos = make_class_folders(tmp_path / "photos") / "train"
+    assert check(capsys, photos) == (
+        0,
+        "train: 5 train images, 2 classes, no test images: train with --test-fraction",
+        [],
+    )
+    for i in range(150):
+        (photos / f"cat/{i:03}.txt").write_text("")
+    code, _, findings = check(capsys, photos)
+    assert code == 1 and len(findings) == 101 and findings[-1] == "and 50 more"
 
 
 def test_images_of_one_colour_are_named(tmp_path, capsys):
@@ -129,12 +144,13 @@ def test_published_sizes(tmp_path, capsys):
 BAD = [
     ([], "either PATH or --dataset"),
     (["a", "--dataset", "dtd"], "either PATH or --dataset"),
-    (["absent"], "absent is no data set"),
-    (["loop"], "loop is no data set"),
+    (["absent"], "absent is not a folder; give the folder of a data set, or --dataset NAME"),
+    (["loop"], "loop is not a folder"),
+    (["."], "holds no class folders with images; expected"),
     (["absent", "--data-path", "datasets"], "--data-path goes with --dataset"),
     (["--dataset", "folder:absent"], "absent is not a folder"),
     (["--dataset", "flower102"], "'flowers102'"),
-    (["--dataset", "dtd"], "dtd is no data set"),
+    (["--dataset", "dtd"], "choose another --data-path, fetch the folder"),
     (["--datasets", "dtd"], "did you mean --dataset?"),
 ]
 

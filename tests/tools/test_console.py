@@ -1,15 +1,17 @@
 """tools.console: how commands end where they are stopped, where nobody reads on, and at errors of the system."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+from tools.console import no_traceback_when_stopped, one_line_warnings, user_errors
 from tools import evaluate
-from tools.console import no_traceback_when_stopped, user_errors
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--dataset", "synthetic", "--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64"]
@@ -82,6 +84,13 @@ def test_ctrl_c_during_the_imports(tmp_path, command):
     assert outcome.stdout + outcome.stderr == ""
 
 
+@pytest.mark.parametrize("script", ["train_vm.py", "train_vm_fast.py", "train_vlm.py"])
+def test_ctrl_c_during_the_imports_of_a_script(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    outcome = run(script, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert outcome.returncode == -signal.SIGINT and outcome.stdout + outcome.stderr == ""
+
+
 def test_importing_the_tools_leaves_ctrl_c_alone():
     code = "import signal, tools; assert signal.getsignal(signal.SIGINT) == signal.default_int_handler"
     assert run("-c", code).returncode == 0
@@ -95,6 +104,23 @@ def test_ctrl_c_during_the_set_up_of_a_training_run(tmp_path):
     )
     outcome = run("-c", code, *TINY, "--results-path", str(tmp_path), stdout=subprocess.PIPE)
     assert outcome.returncode == 130 and outcome.stdout + outcome.stderr == "\n"
+
+
+# ---- started by their path ----
+
+
+def test_a_command_started_by_its_path_says_how_to_start_it(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "results"]
+    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert outcome.returncode == 2 and outcome.stdout == ""
+    said = f"error: start it from the folder {ROOT} as python -m tools.evaluate, not by its path\n"
+    assert outcome.stderr == said
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"report", "sweep"}))
+def test_what_a_command_imports_of_the_project_first_is_what_says_so(command):
+    imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / "tools" / f"{command}.py").read_text(), re.MULTILINE)
+    assert [name for name in imports if (ROOT / name).is_dir()][0] == "tools"
 
 
 # ---- nobody reads on ----
@@ -143,6 +169,16 @@ def test_code_and_result_pass_where_nothing_happens():
     assert no_traceback_when_stopped()(lambda: 7)() == 7
     with pytest.raises(ZeroDivisionError), user_errors():
         raise ZeroDivisionError  # a bug keeps its traceback
+
+
+def test_a_warning_is_told_once():
+    """Data sets are opened twice: to see that they are there, and to read them."""
+    told = []
+    with warnings.catch_warnings(), one_line_warnings(told.append):
+        warnings.simplefilter("always")
+        for text in ("left out", "left out", "other"):
+            warnings.warn(text, stacklevel=1)
+    assert told == ["warning: left out", "warning: other"]
 
 
 # ---- errors of the system ----

@@ -15,7 +15,9 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from data.sources import synthetic
-from tools import evaluate, export, predict
+from tests.conftest import train
+from tests.data.helpers import make_class_folders
+from tools import evaluate, export, predict, visualize
 from tools.training.checkpoint import write_checkpoint
 from tools.training.finished import load_run
 from tools.training.run_folder import checkpoint_path, load_checkpoint
@@ -62,6 +64,24 @@ def test_agrees_with_training(kind, request, tmp_path, capsys):
     assert sum(b["num_samples"] * (b["accuracy"] or 0) for b in evaluation["calibration"]) / 32 == pytest.approx(
         evaluation["accuracy"]
     )
+
+
+def test_untrained_run_on_a_share_of_a_folder_without_test_images(tmp_path, capsys):
+    """The tools test on the images that the run tested on, wherever the folder lies by now, and name no epoch."""
+    photos = make_class_folders(tmp_path / "all", {"cat": 9, "dog": 9}) / "train"
+    given = ["--dataset", f"folder:{photos}", "--test-fraction", "0.3", "--reprogramming", "none", "--epochs", "0"]
+    folder = train("train_vm", tmp_path / "results", *given, "--mapping", "lda", "--seed", "5")
+    assert folder.name == "efficientnet_lite0_none_lda_seed5_test_fraction=0.3_canvas_size=64_batch_size=24"
+    assert json.loads((folder / "config.json").read_text())["settings"]["test_fraction"] == 0.3
+    assert len(load_run(folder, splits=("train",)).system.task.train) == 12
+    photos.rename(tmp_path / "moved")
+    printed = call(capsys, evaluate, folder, "--data-path", tmp_path / "moved", "--device", "cpu")
+    assert printed.err == "" and "6 test images, after one estimate (last)" in printed.out
+    printed = call(capsys, visualize, folder, "--data-path", tmp_path / "moved", "--out", tmp_path / "figures")
+    left_out = [line.split()[1] for line in printed.err.splitlines()]
+    assert left_out == ["curves", "evolution"] and "nothing was trained" in printed.err
+    change_settings(folder, seed=6)
+    assert "has seed 6, but last.safetensors 5; restore that file" in refuse(capsys, evaluate, folder)
 
 
 def test_best_checkpoint_and_table(vm_run, tmp_path, capsys):
@@ -140,7 +160,7 @@ def test_output_into_a_closed_pipe(vm_run, tmp_path):
 def test_escapes_in_names_are_shown():
     measured = evaluate.measure(torch.eye(2), torch.tensor([0, 0]), ["a\x1b[2J", "b\u202e"])
     named = dict.fromkeys(("dataset", "backbone", "reprogramming", "mapping", "checkpoint"), "x")
-    table = evaluate.as_table(named | {"seed": 0, "epoch": 0} | measured)
+    table = evaluate.as_table(named | {"seed": 0} | measured, "epoch 1")
     assert r"a\x1b[2J" in table and r"b\u202e" in table and "\x1b" not in table
 
 
@@ -195,8 +215,11 @@ def test_no_run(tool, more, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some.png").write_bytes(b"")
     assert "holds no run" in refuse(capsys, tool, tmp_path, *more)
+    (tmp_path / "vm" / "digits" / "mine").mkdir(parents=True)
+    (tmp_path / "vm" / "digits" / "mine" / "config.json").touch()
+    assert refuse(capsys, tool, tmp_path / "vm", *more).endswith(f"{tmp_path}/vm/digits/mine\n")
     assert "absent is no folder" in refuse(capsys, tool, "absent", *more)
-    assert [path.name for path in tmp_path.iterdir()] == ["some.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["some.png", "vm"]
 
 
 @pytest.mark.parametrize("tool, more", TOOLS, ids=["evaluate", "predict", "export"])
@@ -248,7 +271,8 @@ def test_damaged_runs(broken, capsys):
         (broken / "config.json").write_text(text)
         assert words in refuse(capsys, evaluate, broken)
     (broken / "config.json").write_text(config)
-    for name, value in [("mapping", 5), ("backbone", None), ("shots", "x"), ("batch_size", "x"), ("weights", [])]:
+    for name, value in [("mapping", 5), ("backbone", None), ("shots", "x"), ("batch_size", "x"), ("weights", []),
+                        ("epochs", 7), ("mapping", "ilm")]:  # fmt: skip
         change_settings(broken, **{name: value})
         assert f"has {name} {value!r}, but last.safetensors" in refuse(capsys, evaluate, broken)
         (broken / "config.json").write_text(config)

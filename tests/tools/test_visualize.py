@@ -174,6 +174,20 @@ def test_labels_of_the_heat_map_can_be_read(count, every):
     assert 5.5 <= min(sizes) and max(sizes) <= 7
 
 
+@pytest.mark.parametrize("kind, mapping, name", [
+    ("vlm", "lda", "dimension of the image embedding (3 of 5)"),
+    ("vlm", "blm", "pretrained label (3 of 5)"),
+    ("vm", "lda", "pretrained label (3 of 5)"),
+])  # fmt: skip
+def test_rows_of_the_heat_map_are_called_what_they_are(kind, mapping, name):
+    drawing = object.__new__(visualize.Drawing)
+    drawing.class_names, drawing.source_names = ["a", "b", "c"], [f"s{i}" for i in range(5)]
+    drawing.weights = torch.eye(5, 3)
+    drawing.run = SimpleNamespace(kind=kind, settings=SimpleNamespace(mapping=mapping))
+    figure, _ = drawing.mapping()
+    assert figure.axes[0].get_ylabel() == name
+
+
 def test_weights_beyond_the_kept_ones_are_drawn_as_bounds():
     """Label 7 is among the kept two in epochs 0 and 2 only: in epoch 1 it weighs at most 0.3, the lesser of those."""
     drawing = object.__new__(visualize.Drawing)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from tools.console import warn
 from data import image_size
 from data.files import printable
 from models import REPROGRAMMING, build_input_vr
-from tools.console import warn
 from tools.report.runs import CURVES, best_mappings, data_notes, published, published_tables
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.console import warn
 from data.files import printable, read_json
 from mapping import MAPPINGS
-from tools.console import warn
 from tools.training.run_folder import read_config
 
 SCRIPTS = {kind: f"train_{kind}" for kind in ("vm", "vm_fast", "vlm")}

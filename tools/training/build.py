@@ -160,7 +160,7 @@ def _input_vr(settings, classifier, canvas_size, border):
 def _look_at_data(settings, splits):
     """Find out that a data set is not there before weights are downloaded for it."""
     if splits:
-        open_task(settings.dataset, settings.data_path or None)
+        open_task(settings.dataset, settings.data_path or None, getattr(settings, "test_fraction", None))
 
 
 def _load(settings, presets, splits, class_names=None):
@@ -176,6 +176,7 @@ def _load(settings, presets, splits, class_names=None):
             workers=settings.workers,
             train_fraction=settings.train_fraction,
             shots=settings.shots,
+            test_fraction=getattr(settings, "test_fraction", None),  # runs of before have no such setting
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
         )

@@ -12,8 +12,10 @@ import torch
 
 from tools.training.build import BUILDERS, SPLITS, System
 from tools.training.numerics import choose_device, choose_precision, network_outputs, set_up_arithmetic
-from tools.training.plugins import HELP, require_plugin
+from tools.training.plugins import HELP, plugin_fingerprint, require_plugin
 from tools.training.run_folder import checkpoint_path, load_checkpoint, read_config
+
+ESSENTIAL = ("backbone", "reprogramming", "mapping", "seed", "epochs")  # config.json can't alter these
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class FinishedRun:
         """Names of what the mapping reads, most often the S pretrained labels: their numbers where the backbone came
         without names; ``embedding 17`` for a mapping of a CLIP's image embedding."""
         return self.system.source_names or [f"label {s}" for s in range(self.system.mapping.num_source)]
+
+    @property
+    def state(self):
+        """What the checkpoint was kept after, as in ``epoch 3``; where nothing was trained, ``one estimate``."""
+        return f"epoch {self.epoch + 1}" if self.settings.epochs else "one estimate"
 
     @property
     def epoch(self):
@@ -130,7 +137,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     for name, value in state["settings"].items():
         elsewhere = name in ("plugin", "weights", "templates")  # files that may lie elsewhere by now
         types = (str, type(None)) if elsewhere else type(value)
-        if not isinstance(saved[name], types):
+        if not isinstance(saved[name], types) or (name in ESSENTIAL and saved[name] != value):
             raise ValueError(
                 f"{folder / 'config.json'} has {name} {saved[name]!r}, but {path.name} {value!r}; restore that file"
             )
@@ -148,7 +155,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     system = BUILDERS[kind](settings, target, splits, state["class_names"])
     if kind == "vlm" and system.source_names != state["source_names"]:
         raise ValueError(f"{folder} was trained with other prompts than {settings.templates} makes; restore that file")
-    _compare(folder, content, system.content)
+    _compare(folder, content, system.content | plugin_fingerprint(plugin))
     _load_state(folder, path, system, state)
     return FinishedRun(folder, kind, settings, state, system)
 
@@ -157,9 +164,11 @@ def _read_settings(folder):
     path = folder / "config.json"
     if not path.is_file():
         what = "holds no run" if folder.is_dir() else "is no folder"
+        below = next((found for depth in (1, 2, 3) for found in folder.glob("*/" * depth + path.name)), None)
+        example = below.parent if below else "<results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
         raise FileNotFoundError(
             f"{folder} {what}: give the folder that a training script made (with config.json and "
-            f"{checkpoint_path('').name}), <results-path>/<vm|vlm|vm_fast>/<dataset>/<run>"
+            f"{checkpoint_path('').name}), such as {example}"
         )
     config = read_config(path)
     if config["kind"] not in BUILDERS:
@@ -172,12 +181,14 @@ def _read_settings(folder):
 
 
 def _compare(folder, then, now):
-    """Refuse other weights than those of the run; only warn of other images, which a user may want to try."""
+    """Refuse other weights than those of the run; only warn of what a user may want to try: images, a plugin."""
     for name, value in now.items():
         if then.get(name) not in (None, value) and name == "weights":
             raise ValueError(f"{folder} was trained with another weights file; pass the one of that time by --weights")
-        if then.get(name) not in (None, value) and name.endswith("images"):
-            warnings.warn(f"these are not the {name} that {folder} was trained with", stacklevel=3)
+        if then.get(name) not in (None, value) and (name.endswith("images") or name == "plugin"):
+            warnings.warn(
+                f"{folder} was trained with {'another' if name == 'plugin' else 'other'} {name}", stacklevel=3
+            )
 
 
 def _frozen(settings, folder):

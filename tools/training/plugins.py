@@ -4,6 +4,7 @@ A plugin runs only where a command names it with ``--plugin FILE``: a run folder
 ask for one but never start it.
 """
 
+import hashlib
 import importlib.util
 import os
 import sys
@@ -34,9 +35,14 @@ def load_plugin(path):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's code raises
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
         del sys.modules[name]
         raise ValueError(f"--plugin {path} failed: {type(error).__name__}: {error}") from error
+
+
+def plugin_fingerprint(path):
+    """What a run remembers of its plugin, beside the other content that it reads; {} without one."""
+    return {} if path is None else {"plugin": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}
 
 
 def load_plugin_of(argv):

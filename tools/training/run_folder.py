@@ -50,10 +50,14 @@ def check_writable(path, flag="--results-path"):
 
     Raises
     ------
-    OSError
+    OSError, ValueError
         That names the path and what stands in the way.
     """
     path = Path(path).absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # which safetensors can't read
+        raise ValueError(f"cannot write to {path}: its name is not UTF-8; choose another {flag}") from None
     existing = path
     while not existing.exists():
         existing = existing.parent
@@ -73,6 +77,8 @@ class Run:
     command : list of str, optional
         What was typed. With ``--overwrite`` a run starts from scratch where the folder holds one already, unless that
         is an unfinished run which the very same command began: that one goes on.
+    device, precision : str
+        What this start computes on, and what ``--precision`` comes to there.
 
     Raises
     ------
@@ -80,8 +86,9 @@ class Run:
         The folder holds a run with other settings (which are listed), or what is no run.
     """
 
-    def __init__(self, cfg, command=()):
+    def __init__(self, cfg, command=(), device="cpu", precision="fp32"):
         self.cfg, self.folder, self.command = cfg, cfg.folder, list(command)
+        self.device, self.precision = device, precision
         self.metrics = []
         self._lock = None
         self._log_lines = []
@@ -122,11 +129,12 @@ class Run:
     def other_rounding(self):
         """What rounds otherwise than when the run was begun, as in "engine was 'auto' and is 'plain'"; a list."""
         config = None if self.overwrite else self._read_config()
-        now = {} if config is None else self.cfg.that_affect("rounding")
+        if config is None:
+            return []
+        now = self.cfg.that_affect("rounding") | {"precision": self.precision}
+        then = config["settings"] | {"precision": config["starts"][-1].get("precision", self.precision)}
         return [
-            f"{name} was {config['settings'].get(name)!r} and is {value!r}"
-            for name, value in now.items()
-            if config["settings"].get(name) != value
+            f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items() if then.get(name) != value
         ]
 
     def refuse_other_content(self, content):
@@ -145,7 +153,7 @@ class Run:
         config = None if self.overwrite else self._read_config()
         for name, now in content.items():
             then = config and config["content"].get(name)
-            if config and then != now:
+            if then not in (None, now):
                 raise ValueError(
                     f"{self.folder} holds a run with other {name}{_difference(then, now)}; give those of that time, "
                     "take another --results-path, or --overwrite to start from scratch"
@@ -171,15 +179,13 @@ class Run:
             raise ValueError(f"{error}; delete it, and the same command writes it again from the checkpoint") from error
         return result
 
-    def open(self, content, device="cpu"):
+    def open(self, content):
         """Take hold of the folder and note this start; returns the checkpoint to go on from, or None.
 
         Parameters
         ----------
         content : dict
             As in `refuse_other_content`.
-        device : str
-            What this start computes on.
 
         Raises
         ------
@@ -217,7 +223,7 @@ class Run:
                 "settings": self.cfg.settings,
                 "distinct": self.cfg.distinct,
                 "content": content,
-                "starts": [*starts, _start(self.command, device)],
+                "starts": [*starts, _start(self.command, self.device, self.precision)],
             },
         )
         self.metrics = checkpoint["metrics"] if checkpoint else []
@@ -264,7 +270,9 @@ class Run:
 
     def _write_log(self):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self.folder / "log.txt", flags, 0o644), "a", encoding="utf-8") as log:
+        with os.fdopen(
+            os.open(self.folder / "log.txt", flags, 0o644), "a", encoding="utf-8", errors="backslashreplace"
+        ) as log:
             log.writelines(f"{line}\n" for line in self._log_lines)
         self._log_lines = []
 
@@ -449,7 +457,7 @@ def _link_over(source, target):
     os.replace(temporary, target)
 
 
-def _start(command, device):
+def _start(command, device, precision):
     """What ``config.json`` notes of one start of a run."""
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:
@@ -464,6 +472,7 @@ def _start(command, device):
         "git_commit": _git_commit(),
         "host": socket.gethostname(),
         "device": device,
+        "precision": precision,
         "threads": torch.get_num_threads(),
     }
 

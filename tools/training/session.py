@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from data import UnreadableImage
 from tools.console import MainProcessFailed, one_line_warnings, user_errors
+from data import UnreadableImage
 from tools.training import distributed
 from tools.training.numerics import choose_device, choose_precision, set_up_arithmetic
+from tools.training.plugins import plugin_fingerprint
 from tools.training.run_folder import Run, check_writable, checkpoint_path, summarise
 from tools.training.trainer import Interrupted, NonFiniteError, Trainer
 
@@ -64,9 +65,10 @@ class Session:
             self._stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             set_up_arithmetic(device, precision, cfg.deterministic, cfg.threads)
             check_writable(cfg.folder)
-            self.run = Run(cfg, self._command)
+            self.run = Run(cfg, self._command, _model_of(device), precision)
             self._stack.enter_context(one_line_warnings(self._warn))
             self.system = system = self._build(cfg, device)
+            system.content |= plugin_fingerprint(cfg.plugin)
             self.task, self.mapping = system.task, system.mapping
             self.result = self._finished_result(system)
         if self.result is not None:
@@ -100,7 +102,7 @@ class Session:
         self._stack.callback(self.run.close)
         with user_errors():
             rounding = self.run.other_rounding()  # before the new start is noted
-            checkpoint = distributed.by_main_process(lambda: self.run.open(system.content, _model_of(device)))
+            checkpoint = distributed.by_main_process(lambda: self.run.open(system.content))
             if checkpoint is not None:
                 self.trainer.load_state_dict(checkpoint)
             self._tensorboard = _open_tensorboard(cfg.folder) if cfg.tensorboard and self.main else None

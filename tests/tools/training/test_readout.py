@@ -118,7 +118,9 @@ def test_resumed_is_straight(lda_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments", [["--shrinkage", "0.3"], ["--shrinkage", "0", "--shots", "1"], ["--shots", "2"]])
 @pytest.mark.filterwarnings("ignore:synthetic has")
 def test_given_shrinkage_and_few_images(arguments, tmp_path):
-    folder = train("train_vlm", tmp_path, "--mapping", "lda", "--reprogramming", "none", "--epochs", "0", *arguments)
+    folder = train(
+        "train_vlm", tmp_path, "--mapping", "lda", "--reprogramming", "none", "--epochs", "0", "--lr", "40", *arguments
+    )
     mapping = load_run(folder, splits=()).system.mapping
     assert mapping.weights.isfinite().all() and mapping.temperature >= 1 and 0 <= mapping.prior_weight <= 1
     assert mapping.shrinkage == float(arguments[1]) or arguments[0] == "--shots"

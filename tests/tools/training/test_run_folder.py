@@ -19,6 +19,7 @@ CONTENT = {
     "class names": ["ant", "bee"],
     "train images": "0123",
     "weights": "4567",
+    "plugin": "89ab",
     "prompt templates": ["a {}.", "{}"],
 }
 
@@ -84,6 +85,7 @@ def finished(results, command=(), **more):
             {"dataset": "folder:/data/My Flowers", "backbone": "timm:a/b.c"},
             "folder-My-Flowers/timm-a-b.c_padding_blmpp_seed0",
         ),
+        ({"dataset": "folder:~/photos"}, "folder-photos/resnet18_padding_blmpp_seed0"),
         ({"dataset": "folder:/data/deep/.."}, "folder-data/resnet18_padding_blmpp_seed0"),
     ],
 )
@@ -185,6 +187,7 @@ def test_rounding_settings_only_tell(tmp_path):
     run = Run(settings(tmp_path, engine="plain", deterministic=True, device="cuda", workers=3))
     assert run.other_rounding() == ["engine was 'auto' and is 'plain'", "deterministic was False and is True"]
     assert Run(settings(tmp_path)).other_rounding() == []
+    assert Run(settings(tmp_path), precision="fp16").other_rounding() == ["precision was 'fp32' and is 'fp16'"]
     assert Run(settings(tmp_path, engine="plain", overwrite=True), ["--overwrite"]).other_rounding() == []
 
 
@@ -195,6 +198,7 @@ def test_rounding_settings_only_tell(tmp_path):
         ("class names", ["ant"], r"other class names \(2, now 1\); "),
         ("train images", "9999", "other train images; "),
         ("weights", "9999", "other weights; "),
+        ("plugin", "9999", "other plugin; "),
         ("prompt templates", ["a {}.", "an {}."], r"other prompt templates \('{}', now 'an {}.'\); "),
     ],
 )
@@ -218,8 +222,8 @@ def test_other_content_is_refused_by_name(tmp_path, name, now, said):
 
 def test_every_start_is_noted(tmp_path):
     for number, device in enumerate(("cpu", "a GPU")):
-        run = Run(settings(tmp_path), ["--seed", str(number)])
-        run.open(CONTENT, device)
+        run = Run(settings(tmp_path), ["--seed", str(number)], device)
+        run.open(CONTENT)
         run.save_epoch(line(number, 0.1), state(0))
         run.close()
     config = read_config(run.folder / "config.json")
