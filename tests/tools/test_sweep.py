@@ -71,7 +71,7 @@ def test_shipped_grids(path):
         "ablations": 84,
         "linear": 108,
         "training_cost": 12,
-        "study": 120,
+        "study": 180,
         "shots": 60,
     }
     assert len(planned) == expected[path.stem]
