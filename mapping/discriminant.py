@@ -203,7 +203,7 @@ def leave_one_out(counts, means, values, rows, labels, shrinkage):
     """
     inverse_s = _inverse(values, shrinkage)
     prior_t = _share(counts).log()
-    size_m = counts[labels].double()
+    size_m, total = counts[labels].double(), float(counts.sum())
     norm_t = means.square() @ inverse_s
     block_rows = max(1, _BLOCK_CELLS // max(rows.shape[1], len(means)))
     blocks = []
@@ -212,7 +212,7 @@ def leave_one_out(counts, means, values, rows, labels, shrinkage):
         d = z - means[label]
         q, zz = d * inverse_s, (z.square() @ inverse_s)
         dd, cross = (q * d).sum(1), (q * z).sum(1)[:, None] - q @ means.T
-        removed = (1 - shrinkage) / counts.sum() * n / (n - 1)
+        removed = (1 - shrinkage) / total * n / (n - 1)
         gain = removed / (1 - removed * dd)
         distance = zz[:, None] - 2 * (z * inverse_s) @ means.T + norm_t + gain[:, None] * cross.square()
         own = (n + 1) / (n - 1) * (dd + gain * dd.square())

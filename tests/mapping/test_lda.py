@@ -150,11 +150,11 @@ def test_the_sample_depends_on_neither_batches_nor_order(sample_size, monkeypatc
     assert len(first.labels.unique()) >= 4
 
 
-@pytest.mark.parametrize("shrinkage", [0.01, 0.5])
-@pytest.mark.parametrize("block", [1, 2**22])
-def test_leave_one_out_is_leaving_one_out(shrinkage, block, monkeypatch):
+@pytest.mark.parametrize("shrinkage", [CANDIDATES[0], 0.01, 0.5])
+@pytest.mark.parametrize("num_source, block", [(12, 1), (12, 2**22), (60, 2**22)])
+def test_leave_one_out_is_leaving_one_out(num_source, block, shrinkage, monkeypatch):
     monkeypatch.setattr(discriminant, "_BLOCK_CELLS", block)
-    logits, labels = task(5, n=40)
+    logits, labels = task(5, n=40, num_source=num_source)
     counts, means, covariance = direct(logits, labels, 5)
     logits, n = logits.double(), len(logits)
     values, vectors = torch.linalg.eigh(covariance)
@@ -167,11 +167,12 @@ def test_leave_one_out_is_leaving_one_out(shrinkage, block, monkeypatch):
         centres = torch.stack([logits[others & (labels == t)].mean(0) for t in range(5)])
         distance = logits[others] - centres[labels[others]]
         shrunk = (1 - shrinkage) * distance.T @ distance / n
-        shrunk += shrinkage * covariance.diagonal().mean() * torch.eye(len(z))
+        shrunk += shrinkage * covariance.diagonal().mean() * torch.eye(len(z), dtype=torch.float64)
         offset = z - means
-        offset[label] *= ((counts[label] + 1) / (counts[label] - 1)).double().sqrt()
-        expected.append((counts / n).log() - (offset @ torch.linalg.inv(shrunk) * offset).sum(1) / 2)
-    torch.testing.assert_close(got, torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
+        size = int(counts[label])
+        offset[label] *= math.sqrt((size + 1) / (size - 1))
+        expected.append((counts.double() / n).log() - (offset @ torch.linalg.inv(shrunk) * offset).sum(1) / 2)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-8, atol=1e-8)
 
 
 def test_shrinkage_and_temperature_are_the_best_of_their_kind():
