@@ -241,10 +241,10 @@ def _own(scores, labels):
 
 
 def _temperature(scores, labels):
-    """Least mean smoothed log-loss of ``scores / τ`` over τ from 1 to 1000, and that τ."""
+    """Least mean smoothed log-loss of ``scores / τ`` over τ from 1 to a million, and that τ."""
     scores = scores - scores.amax(1, keepdim=True)
     own = _own(scores, labels)
-    low, high = math.log(1e-3), 0.0  # of the log of 1/τ, in which the slope of the log-loss changes sign but once
+    low, high = math.log(1e-6), 0.0  # of the log of 1/τ, in which the slope of the log-loss changes sign but once
     for _ in range(40):
         middle = (low + high) / 2
         expected = (torch.softmax(scores * math.exp(middle), 1) * scores).sum(1)

@@ -416,6 +416,16 @@ def test_few_samples_without_an_error_do_not_make_it_sure(num_target, each, with
         assert float(torch.nn.functional.cross_entropy(scores, labels)) < 0.65
 
 
+def test_one_pair_of_samples_makes_it_no_surer_than_chance():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(50).repeat(10)
+    logits = torch.randn(50, 300, generator=generator)[labels]
+    logits += 30 * torch.randn(500, 300, generator=generator) / torch.arange(1, 301)
+    chosen = torch.cat([torch.arange(50), torch.tensor([50])])
+    scores = estimated(logits[chosen], labels[chosen], 50)(logits)
+    assert float(torch.nn.functional.cross_entropy(scores, labels)) < math.log(50) + 0.5
+
+
 def test_means_far_from_zero_leave_no_direction_behind():
     logits = 3 * torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) + 100
     mapping = estimated(logits.repeat(6, 1), torch.arange(7).repeat(6), 7, shrinkage=0)
