@@ -107,7 +107,9 @@ def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, c
 
     The shrinkage is the one of `CANDIDATES` with the fewest leave-one-out errors, and among equals the least log-loss.
     Gaussian class models in many dimensions are far too sure of themselves, so ω and b are divided by the temperature,
-    1 or above, that makes the leave-one-out log-loss least. It changes no decision.
+    1 or above, that makes the leave-one-out log-loss least. It changes no decision. For that log-loss every label is
+    smoothed by 1/(m + 2), as if one of two samples more were wrong (Platt, "Probabilistic outputs for support vector
+    machines", 1999): a few samples without an error would else make it sure beyond all measure.
 
     A prior adds its own logits, those of a classifier that has seen none of the samples (after Wang et al., "A
     Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR 2024, who weigh the two on a validation set):
@@ -125,9 +127,9 @@ def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, c
     rows : Tensor, (m, S)
     labels : Tensor, (m,) int64
         Samples that `counts`, `means` and `covariance` are made from, not necessarily all. If none has a label with two
-        samples, the shrinkage is 1/2, and the temperature the mean squared distance of the class means from their mean
-        under the shrunk covariance: as unsure as one must be. β is then the best for the prior alone, which has seen
-        none of the samples.
+        samples, the shrinkage is that of the means' covariance by OAS, and the temperature the mean squared distance of
+        the class means from their mean under the shrunk covariance: as unsure as one must be. β is then the best for
+        the prior alone, which has seen none of the samples.
     known : bool
         From `within_covariance`. If not, no sample can be left out either.
     prior : Tensor, (S, T) float64, optional
@@ -165,7 +167,7 @@ def tuned_lda(counts, means, covariance, rows, labels, known=True, prior=None, c
             (_, temperature), shrinkage = min((_temperature(judge(c), labels), c) for c in fewest)
         shrinkage = candidates[judged_by.index(shrinkage)]
     else:
-        shrinkage = 0.5 if candidates is CANDIDATES else candidates[0]
+        shrinkage = _oas(values, len(counts)) if candidates is CANDIDATES else candidates[0]
         temperature = max(1.0, float(share @ (means_ts.square() @ _inverse(values, shrinkage))))
         if prior is not None:
             _, _, prior_weight = _weigh(torch.zeros_like(prior_mt), prior_mt, labels)
@@ -203,7 +205,7 @@ def leave_one_out(counts, means, values, rows, labels, shrinkage):
     """
     inverse_s = _inverse(values, shrinkage)
     prior_t = _share(counts).log()
-    size_m = counts[labels].double()
+    size_m, total = counts[labels].double(), float(counts.sum())
     norm_t = means.square() @ inverse_s
     block_rows = max(1, _BLOCK_CELLS // max(rows.shape[1], len(means)))
     blocks = []
@@ -212,7 +214,7 @@ def leave_one_out(counts, means, values, rows, labels, shrinkage):
         d = z - means[label]
         q, zz = d * inverse_s, (z.square() @ inverse_s)
         dd, cross = (q * d).sum(1), (q * z).sum(1)[:, None] - q @ means.T
-        removed = (1 - shrinkage) / counts.sum() * n / (n - 1)
+        removed = (1 - shrinkage) / total * n / (n - 1)
         gain = removed / (1 - removed * dd)
         distance = zz[:, None] - 2 * (z * inverse_s) @ means.T + norm_t + gain[:, None] * cross.square()
         own = (n + 1) / (n - 1) * (dd + gain * dd.square())
@@ -221,33 +223,50 @@ def leave_one_out(counts, means, values, rows, labels, shrinkage):
     return torch.cat(blocks)
 
 
+def _oas(values, num_samples):
+    """Shrinkage by oracle approximation of a covariance of so many samples with these eigenvalues.
+
+    Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", 2010.
+    """
+    trace, squares, size = float(values.sum()), float(values.square().sum()), len(values)
+    unequal = (num_samples + 1 - 2 / size) * (squares - trace**2 / size)
+    closeness = (1 - 2 / size) * squares + trace**2
+    return closeness / unequal if unequal > closeness else 1.0
+
+
+def _own(scores, labels):
+    """What each row's label scores, (m,), smoothed: its own score and a little of all labels' mean."""
+    smoothing = 1 / (len(labels) + 2)
+    return (1 - smoothing) * scores.gather(1, labels[:, None])[:, 0] + smoothing * scores.mean(1)
+
+
 def _temperature(scores, labels):
-    """Least mean log-loss of ``scores / τ`` over τ from 1 to 1000, and that τ."""
+    """Least mean smoothed log-loss of ``scores / τ`` over τ from 1 to a million, and that τ."""
     scores = scores - scores.amax(1, keepdim=True)
-    own = scores.gather(1, labels[:, None])[:, 0]
-    low, high = math.log(1e-3), 0.0  # of the log of 1/τ, in which the slope of the log-loss changes sign but once
+    own = _own(scores, labels)
+    low, high = math.log(1e-6), 0.0  # of the log of 1/τ, in which the slope of the log-loss changes sign but once
     for _ in range(40):
         middle = (low + high) / 2
         expected = (torch.softmax(scores * math.exp(middle), 1) * scores).sum(1)
         low, high = (middle, high) if float((expected - own).sum()) < 0 else (low, middle)
     tau = math.exp(-(low + high) / 2)
-    return float(torch.nn.functional.cross_entropy(scores / tau, labels)), tau
+    return float(((scores / tau).logsumexp(1) - own / tau).mean()), tau
 
 
 def _add_prior(scores, prior, labels):
-    """Errors and least log-loss of ``scores / τ + β prior``, and those τ and β."""
+    """Errors and least smoothed log-loss of ``scores / τ + β prior``, and those τ and β."""
     loss, temperature, prior_weight = _weigh(scores, prior, labels)
     errors = int(((scores / temperature + prior_weight * prior).argmax(1) != labels).sum())
     return errors, loss, temperature, prior_weight
 
 
 def _weigh(scores, prior, labels):
-    """Least mean log-loss of ``scores / τ + β prior`` over τ from 1 to a million and β from 0 to 1, and those τ and β.
+    """Least mean smoothed log-loss of ``scores / τ + β prior``, τ from 1 to a million and β from 0 to 1, and those.
 
     Convex in (1/τ, β): Newton's method, in which a coordinate stays at a bound that it would leave the box by.
     """
-    parts_kmt = torch.stack([scores, prior])
-    parts_kmt -= parts_kmt.gather(2, labels[None, :, None].expand(2, -1, 1))  # the loss is then a log-sum-exp alone
+    # Relative to the label's own: the loss is then a log-sum-exp alone.
+    parts_kmt = torch.stack([part - _own(part, labels)[:, None] for part in (scores, prior)])
     low, high = parts_kmt.new_tensor([1e-6, 0]), parts_kmt.new_tensor([1, 1])
 
     def loss(point):

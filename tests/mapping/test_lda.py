@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from scipy.optimize import minimize
+from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from mapping import build_mapping, discriminant, moments
@@ -58,6 +59,11 @@ def direct(logits, labels, num_target):
 def relative(values):
     """To the mean over the labels, the last axis: a mapping leaves out what all of them have in common."""
     return values - values.mean(-1, keepdim=True)
+
+
+def smoothed_loss(scores, labels):
+    smoothing = 1 / (len(labels) + 2)
+    return float(torch.nn.functional.cross_entropy(scores, labels, label_smoothing=smoothing))
 
 
 @pytest.mark.parametrize("shrinkage, weights, squares", [
@@ -150,11 +156,11 @@ def test_the_sample_depends_on_neither_batches_nor_order(sample_size, monkeypatc
     assert len(first.labels.unique()) >= 4
 
 
-@pytest.mark.parametrize("shrinkage", [0.01, 0.5])
-@pytest.mark.parametrize("block", [1, 2**22])
-def test_leave_one_out_is_leaving_one_out(shrinkage, block, monkeypatch):
+@pytest.mark.parametrize("shrinkage", [CANDIDATES[0], 0.01, 0.5])
+@pytest.mark.parametrize("num_source, block", [(12, 1), (12, 2**22), (60, 2**22)])
+def test_leave_one_out_is_leaving_one_out(num_source, block, shrinkage, monkeypatch):
     monkeypatch.setattr(discriminant, "_BLOCK_CELLS", block)
-    logits, labels = task(5, n=40)
+    logits, labels = task(5, n=40, num_source=num_source)
     counts, means, covariance = direct(logits, labels, 5)
     logits, n = logits.double(), len(logits)
     values, vectors = torch.linalg.eigh(covariance)
@@ -167,11 +173,12 @@ def test_leave_one_out_is_leaving_one_out(shrinkage, block, monkeypatch):
         centres = torch.stack([logits[others & (labels == t)].mean(0) for t in range(5)])
         distance = logits[others] - centres[labels[others]]
         shrunk = (1 - shrinkage) * distance.T @ distance / n
-        shrunk += shrinkage * covariance.diagonal().mean() * torch.eye(len(z))
+        shrunk += shrinkage * covariance.diagonal().mean() * torch.eye(len(z), dtype=torch.float64)
         offset = z - means
-        offset[label] *= ((counts[label] + 1) / (counts[label] - 1)).double().sqrt()
-        expected.append((counts / n).log() - (offset @ torch.linalg.inv(shrunk) * offset).sum(1) / 2)
-    torch.testing.assert_close(got, torch.stack(expected).double(), rtol=1e-5, atol=1e-5)
+        size = int(counts[label])
+        offset[label] *= math.sqrt((size + 1) / (size - 1))
+        expected.append((counts.double() / n).log() - (offset @ torch.linalg.inv(shrunk) * offset).sum(1) / 2)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-8, atol=1e-8)
 
 
 def test_shrinkage_and_temperature_are_the_best_of_their_kind():
@@ -187,7 +194,7 @@ def test_shrinkage_and_temperature_are_the_best_of_their_kind():
     assert errors[shrinkage] == min(errors.values()) < max(errors.values())
 
     def loss(temperature):
-        return float(torch.nn.functional.cross_entropy(judged(shrinkage) / temperature, labels))
+        return smoothed_loss(judged(shrinkage) / temperature, labels)
 
     assert temperature > 2 and loss(temperature) < min(loss(1), loss(0.99 * temperature), loss(1.01 * temperature))
     expected_weights, expected_bias = lda(counts, means, covariance, shrinkage)
@@ -228,25 +235,26 @@ def test_prior_by_hand_where_nothing_can_be_left_out():
     """Four classes of one image: the means' covariance is diag(4, 4), Σ_ρ the same for any ρ, τ = 8/4."""
     logits = torch.tensor([[2.0, 2], [2, -2], [-2, 2], [-2, -2]])
     prior = torch.tensor([[0.5, 0.5, -0.5, -0.5], [0.5, -0.5, 0.5, -0.5]])
-    for shrinkage in ("auto", 0.5):
+    for shrinkage in ("auto", 1.0):
         mapping = estimated(logits, torch.arange(4), 4, shrinkage=shrinkage, prior=prior)
         # Their own logit is 2, of the others' one is -2 and two are 0: surer is better, up to β = 1.
         torch.testing.assert_close(mapping.weights, logits.T / 4 / 2 + prior)
         torch.testing.assert_close(mapping.bias, torch.zeros(4))
         chosen = mapping.shrinkage, mapping.temperature, mapping.prior_weight
-        assert chosen == (0.5, pytest.approx(2), pytest.approx(1))
+        assert chosen == (1, pytest.approx(2), pytest.approx(1))
     wrong = estimated(logits, torch.arange(4), 4, prior=-prior)
     assert wrong.prior_weight == 0 and "_prior" not in wrong.state_dict()
 
 
 def test_weighing_by_hand():
-    """Rows on which one of the two speaks alone: log odds of a thing right three times in four are log 3."""
+    """Rows on which one of the two speaks alone: right three times in four, less a tenth of the way to one half."""
     scores, prior, labels = torch.zeros(8, 2).double(), torch.zeros(8, 2).double(), torch.zeros(8).long()
     scores[:4, 0], prior[4:, 0] = 5, 2
     labels[[0, 4]] = 1
     loss, temperature, prior_weight = discriminant._weigh(scores, prior, labels)
-    assert (temperature, prior_weight) == (pytest.approx(5 / math.log(3)), pytest.approx(math.log(3) / 2))
-    assert loss == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    odds = math.log(0.725 / 0.275)
+    assert (temperature, prior_weight) == (pytest.approx(5 / odds), pytest.approx(odds / 2))
+    assert loss == pytest.approx(-0.725 * math.log(0.725) - 0.275 * math.log(0.275))
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 1e3])
@@ -261,7 +269,7 @@ def test_weights_are_those_of_the_least_log_loss(truth, scale):
 
     def at(point):
         logits = torch.from_numpy(point[0] * scores.numpy() + point[1] * prior.numpy())
-        return float(torch.nn.functional.cross_entropy(logits, labels))
+        return smoothed_loss(logits, labels)
 
     assert loss == pytest.approx(at((1 / temperature, prior_weight)), abs=1e-9)
     assert 1 <= temperature <= 1000001 and 0 <= prior_weight <= 1
@@ -377,11 +385,45 @@ def test_without_spread_the_class_means_tell_of_it(shrinkage, copies):
     new = logits.mean(0) + torch.randn(200, 20, generator=torch.Generator().manual_seed(1))
     counts, means = torch.ones(5), logits.double()
     covariance = torch.cov(means.T, correction=0)
-    weights, bias = lda(counts, means, covariance, 0.5 if shrinkage == "auto" else shrinkage)
+    weights, bias = lda(counts, means, covariance, mapping.shrinkage)
     expected = ((new.double() @ weights + bias) / mapping.temperature).log_softmax(1)
     torch.testing.assert_close(mapping(new).double().log_softmax(1), expected, rtol=1e-4, atol=1e-4)
     assert (mapping.temperature > 1) == (shrinkage == "auto")
+    assert shrinkage in ("auto", mapping.shrinkage)
     assert mapping(logits).argmax(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_shrinkage_without_spread_follows_the_means():
+    """One sample of each of 40 classes, which differ in few directions, or in all alike."""
+    few = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)) / torch.arange(1, 61) ** 2
+    alike = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    for logits in (few, alike):  # scikit-learn's form leaves out a term or two of the order of 1/60
+        expected = OAS().fit(logits.double().numpy()).shrinkage_
+        assert estimated(logits, torch.arange(40), 40).shrinkage == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("num_target, each", [(2, 2), (2, 8), (5, 4)])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_few_samples_without_an_error_do_not_make_it_sure(num_target, each, with_prior):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_target).repeat(400)
+    logits = torch.randn(len(labels), 200, generator=generator)
+    logits += 0.3 * torch.randn(num_target, 200, generator=generator)[labels]
+    prior = torch.zeros(200, num_target) if with_prior else None
+    for start in range(0, 400, 40):
+        train = slice(start, start + num_target * each)
+        scores = estimated(logits[train], labels[train], num_target, prior=prior)(logits)
+        assert float(torch.nn.functional.cross_entropy(scores, labels)) < 0.65
+
+
+def test_one_pair_of_samples_makes_it_no_surer_than_chance():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(50).repeat(10)
+    logits = torch.randn(50, 300, generator=generator)[labels]
+    logits += 30 * torch.randn(500, 300, generator=generator) / torch.arange(1, 301)
+    chosen = torch.cat([torch.arange(50), torch.tensor([50])])
+    scores = estimated(logits[chosen], labels[chosen], 50)(logits)
+    assert float(torch.nn.functional.cross_entropy(scores, labels)) < math.log(50) + 0.5
 
 
 def test_means_far_from_zero_leave_no_direction_behind():
