@@ -123,7 +123,8 @@ class Step(nn.Module):
         batch = [functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images]
         if labels is not None:
             batch += [functional.pad(labels, (0, missing), value=IGNORED), count]
-        # θ, ω and whatever else changes between steps; all other tensors become constants of the graph
+        # θ, ω and what else changes between steps, wherever it lies: a CUDA graph copies its inputs. All other tensors
+        # are constants of the graph.
         inputs = *(attrgetter(name)(self).detach() for name in self._changing), *batch
         with torch.no_grad():
             key = len(batch), size
