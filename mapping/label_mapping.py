@@ -110,7 +110,7 @@ class LabelMapping(nn.Module):
         Parameters
         ----------
         logits : Tensor, (n, S), floating point of any precision
-        labels : Tensor, (n,), integer in [0, T)
+        labels : Tensor, (n,), integer in [0, T), or -100 for rows to leave out
 
         Raises
         ------
