@@ -430,6 +430,10 @@ def test_what_a_pattern_adds(study, capsys):
     assert ilm[8:10] == ["3", "0 / 0 / 120"]
     assert ilm[10] == "canvas size default / 128 / 128; epochs 0 / 0 / 2"
     assert "Welch" in out and "uncorrected" in out
+    make_run(study, 0.3, mapping="flm", reprogramming="none", epochs=0)
+    make_run(study, 0.2, mapping="flm", epochs=0)
+    out = run(capsys, study, "--format", "markdown", "--columns", "pattern", "--baseline", "none").out
+    assert rows(out)[2][6:8] == ["−10.0 (p –)", "–"]  # single seeds show nothing
 
 
 def test_welch_by_hand(study):

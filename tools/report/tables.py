@@ -85,7 +85,7 @@ def by_setting(runs, rows, column, baseline=None):
         line |= {value: figure(cell.mean, cell.std) for value, cell in cells.items()}
         for value in others:
             if value in cells and baseline in cells:
-                line[added[value]] = gain(*difference(cells[value], cells[baseline]))
+                line[added[value]] = _gain(cells[value], cells[baseline])
         line["seeds"] = _range([len(cell.runs) for cell in cells.values()])
         line["seconds per run"] = " / ".join(_seconds(60 * cell.minutes) for cell in cells.values())
         machines = Cell(tuple(run for cell in cells.values() for run in cell.runs)).note
@@ -102,13 +102,16 @@ def by_setting(runs, rows, column, baseline=None):
     return Table(head, [[(line.get(name, "–"), False) for name in head] for line in body], [*left, *note], caption)
 
 
-def gain(points, p):
-    """A difference in percent points and its p-value as they are printed, with what they say where that is no gain."""
+def _gain(cell, baseline):
+    """The difference and its p-value as they are printed, and what they show over seeds where that is no gain."""
+    points, p = difference(cell, baseline)
     sign = "+" if points > 0 else "−" if points < 0 else ""
     text = f"{sign}{abs(points):.1f} (p {'–' if p is None else '< 0.001' if p < 0.001 else f'= {p:.2g}'})"
-    if p is not None and p >= SIGNIFICANT:
+    if None in (cell.std, baseline.std):  # single seeds show nothing
+        return text
+    if points == 0 or p is not None and p >= SIGNIFICANT:
         return f"{text}: no difference shown"
-    return f"{text}: a loss" if points < 0 else text if points else f"{text}: nothing"
+    return f"{text}: a loss" if points < 0 else text
 
 
 def as_markdown(table):
