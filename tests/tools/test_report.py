@@ -831,6 +831,23 @@ def test_comparison_of_curves_and_classes(browser, results, capsys):
     assert page.keys_of("#together .chart") == [["blmpp", "flm"]] * 2
 
 
+def test_best_on_validation_is_no_best_on_test(browser, results, capsys):
+    make_run(results, 0.6, mapping="flm", validation_fraction=0.2)
+    record = results / "record"
+    record.mkdir()
+    run(capsys, results, "--format", "record", "--out", record / "runs.jsonl")
+    run(capsys, record, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
+    assert page.column("mapping") == ["linear", "flm", "blm", "ilm"]
+    assert page.column("best on test") == ["95.0", "–", "45.0", "33.0"]
+    assert page.column("best on validation") == ["–", "65.0", "–", "–"]
+    page.type("#filter", "validation")
+    assert "best on validation 65.00 %" in page.one("#about").text
+    assert page.one("#caption").text == "A record holds neither pattern nor mapping."
+    assert not page.one("#pattern").is_displayed() and not page.one("#mapping").is_displayed()
+
+
 def test_unfinished_runs_are_shown_with_their_progress(browser, results, capsys):
     make_run(results, 0.2, seed=3, epochs=10, done=4)
     run(capsys, results, "--out", results / "page.html")

@@ -91,7 +91,7 @@ def _details(run, name_lists):
         "seed": run.seed,
         "minutes": run.minutes,
         "result": None if run.result is None else [100 * value for value in run.result],
-        "machines": sorted(f"{device}, {threads} threads" for device, threads in run.machines),
+        "machines": sorted(f"{device}, {threads} thread{'s' * (threads != 1)}" for device, threads in run.machines),
         "curves": {key: [_short(line.get(key)) for line in run.metrics] for key in CURVES},
         "measured": None
         if accuracies is None
