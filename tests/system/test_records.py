@@ -34,7 +34,7 @@ GIVEN = (
 
 def figures(text):
     """The numbers of a page that look like results: with decimals, with a unit, or alone in a cell of a table."""
-    text = re.sub(r"```(?:bash|python|bibtex)\n.*?```|<!--.*?-->|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
+    text = re.sub(r"```(?:bash|python|bibtex)\n.*?```|<[^>]*>|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*`", " ", text.replace("```", ""))
     for given in GIVEN:
         text = re.sub(given, " ", text)
@@ -96,6 +96,11 @@ def test_tables_of_records_are_generated():
     assert {path.parent.name for path in (ROOT / "docs/records").glob("*/runs.jsonl")} <= {
         Path(word).name for command in found for word in command.split() if word.startswith("docs/records/")
     }
+
+
+def test_thumbnails_are_there_and_small():
+    paths = re.findall(r'<img src="([^"]+)" width="\d+" alt="[^"]+">', PAGES[0].read_text(encoding="utf-8"))
+    assert len(paths) == 4 and all((ROOT / path).stat().st_size <= 25_000 for path in paths)
 
 
 def test_what_counts_as_a_figure():
