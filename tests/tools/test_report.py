@@ -300,6 +300,9 @@ def test_escapes_in_names_are_shown(results, capsys):
     assert r"a\\x1b\[31mb\\ud800\\u202e" in outcome and outcome.isascii() is False and "\x1b" not in outcome
     run(capsys, folder, "--out", results / "page.html")
     assert page_data(results / "page.html")["groups"][0]["dataset"] == r"a\x1b[31mb\ud800\u202e"
+    make_run(results, 0.6, **{"a\x1b[31m": "b\x1b[0m", "weights": "c\x1b[1m"}, seed=5)
+    columns = run(capsys, results, "--format", "markdown", "--columns", "weights", "--rows", "dataset,mapping")
+    assert "\x1b" not in columns.out + columns.err and r"c\\x1b\[1m" in columns.out and r"a\\x1b" in columns.out
 
 
 def test_the_same_folder_twice_is_one_run(results, capsys):
@@ -463,6 +466,7 @@ def test_columns_of_any_setting(tmp_path, capsys):
     make_run(tmp_path, 0.3, mapping="blm", shots=2)
     head, _, ilm, blm = rows(run(capsys, tmp_path, "--format", "markdown", "--columns", "shots").out)
     assert head[2:6] == ["mapping", "default", "2", "16"]  # in the order of their numbers
+    assert blm[7] == "– / 120 / –"
     assert ilm[2:6] == ["ilm", "60.0 ± 0.0", "12.0 ± 0.0", "26.0 ± 0.0"] and blm[3:6] == ["–", "30.0", "–"]
     make_run(tmp_path, 0.3, mapping="blm", shots=2, lr=0.1, seed=1)
     message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots")

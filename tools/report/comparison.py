@@ -2,6 +2,7 @@
 
 from scipy import stats
 
+from data.files import printable
 from mapping import MAPPINGS
 from models import REPROGRAMMING
 from tools.report.runs import Cell, natural
@@ -21,7 +22,7 @@ def value_of(run, name):
         if vr in REPROGRAMMING and not REPROGRAMMING[vr].trained:
             return vr
         return f"{vr}, trained" if run.row.epochs else f"{vr}, as it starts"
-    return str(run.distinct.get(name, "default"))
+    return printable(str(run.distinct.get(name, "default")))
 
 
 def cross(runs, rows, column):
@@ -72,25 +73,35 @@ def _check_alike(runs, known, names):
         raise ValueError(f"the runs of {', '.join(names)} differ in {', '.join(differing)}; name it in --rows")
 
 
-def besides(cells, apart_from):
+def besides(columns, cells, apart_from):
     """In what else the columns of a row differ, as in "canvas size default / 128 / 128"; "" where in nothing.
 
     Parameters
     ----------
+    columns : list of str
     cells : dict of str to Cell
+        Of some of the columns.
     apart_from : set of str
         Settings that the rows and columns show.
     """
     firsts = [cell.runs[0] for cell in cells.values()]
     shown = apart_from | {"data"} | ({"reprogramming"} if "pattern" in apart_from else set())
     names = sorted({name for run in firsts for name in (*run.distinct, "mapping", *OF_A_RUN)} - shown)
-    values = {name: [value_of(run, name) for run in firsts] for name in names}
-    return "; ".join(f"{words(name)} {' / '.join(each)}" for name, each in values.items() if len(set(each)) > 1)
+    differing = [name for name in names if len({value_of(run, name) for run in firsts}) > 1]
+    return "; ".join(
+        f"{words(name)} {in_order(value_of(cells[v].runs[0], name) if v in cells else '–' for v in columns)}"
+        for name in differing
+    )
+
+
+def in_order(texts):
+    """What the columns have of something, in one cell."""
+    return " / ".join(texts)
 
 
 def words(name):
     """A setting as a table names it."""
-    return {"dataset": "data set", "reprogramming": "input VR"}.get(name, name.replace("_", " "))
+    return {"dataset": "data set", "reprogramming": "input VR"}.get(name, printable(name.replace("_", " ")))
 
 
 def _place(name, value):

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tools.report.comparison import SIGNIFICANT, besides, cross, difference, words
+from tools.report.comparison import SIGNIFICANT, besides, cross, difference, in_order, words
 from tools.report.runs import Cell, best_mappings, data_notes, mapping_names, published
 
 ACCURACY = "Test accuracy after the last epoch in %, mean ± sample standard deviation over seeds"
@@ -60,7 +60,7 @@ def by_mapping(rows):
     sources = {}
     for found in known.values():
         for name, (*_, source) in found.items():
-            sources.setdefault(source, dict.fromkeys([])).setdefault(name)
+            sources.setdefault(source, {})[name] = None
     published_in = [f"Published {', '.join(names)}: {source}." for source, names in sources.items()]
     return Table(head, body, [*left, *note], [f"{ACCURACY}; {BOLD}.", *published_in])
 
@@ -87,9 +87,9 @@ def by_setting(runs, rows, column, baseline=None):
             if value in cells and baseline in cells:
                 line[added[value]] = _gain(cells[value], cells[baseline])
         line["seeds"] = _range([len(cell.runs) for cell in cells.values()])
-        line["seconds per run"] = " / ".join(_seconds(60 * cell.minutes) for cell in cells.values())
+        line["seconds per run"] = in_order(_seconds(60 * cells[v].minutes) if v in cells else "–" for v in values)
         machines = Cell(tuple(run for cell in cells.values() for run in cell.runs)).note
-        line["note"] = "; ".join(filter(None, [besides(cells, {*rows, column}), machines]))
+        line["note"] = "; ".join(filter(None, [besides(values, cells, {*rows, column}), machines]))
         body.append(line)
     note = ["note"] * any(line["note"] for line in body)
     head = [*left, *values, *added.values(), "seeds", "seconds per run", *note]
