@@ -136,5 +136,6 @@ if __name__ == "__main__":
     for page in (*PAGES, *RECORDS):
         text = page.read_text(encoding="utf-8")
         for start, end, command in reversed(generated(text)):
-            text = text[:start] + table_of(command) + text[end:]
+            gap = "" if text.startswith("\n", end) else "\n"
+            text = text[:start] + table_of(command) + gap + text[end:]
         page.write_text(text, encoding="utf-8")
