@@ -14,7 +14,9 @@ import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
+from tools.report.comparison import difference
 from tools.report.page import _pattern_image
+from tools.report.runs import Cell, find_runs, published_tables
 from tools.training.checkpoint import write_checkpoint
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
@@ -46,6 +48,7 @@ def make_run(
     classes=("rose", "oxeye daisy"),
     sources=None,
     data="1",
+    test_data="1",
     starts=(START,),
     done=None,
     top_labels=((1, 3, 0), (2, 1, 0)),
@@ -79,7 +82,7 @@ def make_run(
             "kind": kind,
             "settings": settings,
             "distinct": distinct,
-            "content": {"training images": data, "test images": data},
+            "content": {"class names": list(classes), "train images": data, "test images": test_data},
             "starts": list(starts),
         },
     )
@@ -239,6 +242,15 @@ def test_settings_that_are_not_distinct_do_not_part_runs(results, capsys):
     assert ours[4] == "29.5 ± 3.9" and ours[7] == "1–4"
 
 
+def test_seeds_that_draw_their_training_images_are_averaged(tmp_path, capsys):
+    for seed in range(3):
+        make_run(tmp_path, 0.2 + 0.02 * seed, seed=seed, shots=4, data=f"drawn with {seed}")
+        make_run(tmp_path, 0.4, seed=seed, mapping="blm", shots=4, data="1", test_data=f"{seed}")
+    lines = [line for line in rows(run(capsys, tmp_path, "--format", "markdown").out)[2:] if line[3] != "published"]
+    cells = sorted(line[5] for line in lines)
+    assert cells == ["22.0 ± 2.0", "–", "–"]  # other test images are another row
+
+
 def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -288,6 +300,9 @@ def test_escapes_in_names_are_shown(results, capsys):
     assert r"a\\x1b\[31mb\\ud800\\u202e" in outcome and outcome.isascii() is False and "\x1b" not in outcome
     run(capsys, folder, "--out", results / "page.html")
     assert page_data(results / "page.html")["groups"][0]["dataset"] == r"a\x1b[31mb\ud800\u202e"
+    make_run(results, 0.6, **{"a\x1b[31m": "b\x1b[0m", "weights": "c\x1b[1m"}, seed=5)
+    columns = run(capsys, results, "--format", "markdown", "--columns", "weights", "--rows", "dataset,mapping")
+    assert "\x1b" not in columns.out + columns.err and r"c\\x1b\[1m" in columns.out and r"a\\x1b" in columns.out
 
 
 def test_the_same_folder_twice_is_one_run(results, capsys):
@@ -336,6 +351,177 @@ def test_help_and_exit_code_of_the_command():
     assert shown.returncode == 0 and all(word in shown.stdout for word in ("--format", "--out", "latex", "PATH"))
 
 
+# ---- records ----
+
+
+def test_a_record_is_read_like_the_runs_that_it_was_made_of(results, capsys):
+    make_run(results, 0.5, dataset="folder:/home/me/photos", weights="/home/me/w.pth", measured=[0.75, None], shots=2)
+    make_run(results, 0.6, kind="vlm", backbone="ViT-B-16", starts=[START, START | {"device": "GPU"}])
+    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    record = results.parent / f"{results.name}-record"
+    record.mkdir()
+    assert run(capsys, results, "--format", "record", "--out", record / "runs.jsonl").err.startswith("1 unfinished")
+    text = (record / "runs.jsonl").read_text()
+    assert len(text.splitlines()) == 7  # of finished runs
+    for of_the_machine in (START["host"], "command", "/home", "results_path", "time"):
+        assert f'"{of_the_machine}' not in text and "/home" not in text
+    for place in (results, record):
+        for kind in ("markdown", "latex", "html"):
+            run(capsys, place, "--format", kind, "--out", results.parent / f"{place.name}.{kind}")
+    shown = {}
+    for kind in ("markdown", "latex"):
+        shown[kind] = [(results.parent / f"{place.name}.{kind}").read_text() for place in (results, record)]
+        shown[kind][0] = shown[kind][0].replace("/home/me/", "")
+        assert "photos" in shown[kind][0]
+        first, second = ([line.split() for line in text.splitlines() if "---" not in line] for text in shown[kind])
+        assert first == second
+    first, second = (page_data(results.parent / f"{place.name}.html") for place in (results, record))
+    for key in ("accuracy", "std", "minutes", "best", "seeds"):
+        assert [g[key] for g in first["groups"] if "progress" not in g] == [g[key] for g in second["groups"]]
+    assert [r["curves"] for r in first["runs"][:-1]] == [r["curves"] for r in second["runs"]]
+    assert "runs.jsonl:" in second["runs"][0]["folder"] and second["runs"][0]["mapping"] is None
+    assert [bool(r["measured"]) for r in second["runs"]].count(True) == 1
+    run(capsys, record, "--format", "record", "--out", results.parent / "again.jsonl")  # a record of a record
+    assert sorted((results.parent / "again.jsonl").read_text().splitlines()) == sorted(text.splitlines())
+
+
+def test_a_damaged_record_never_stops_a_report_over_others(results, capsys):
+    good = run(capsys, results, "--format", "record").out.splitlines()
+    damages = ("{", "[]", "{}", good[0].replace('"result"', '"outcome"'), good[0].replace("0.4", "7"))
+    for number, damage in enumerate(damages):
+        (results / f"record{number}").mkdir()
+        (results / f"record{number}" / "runs.jsonl").write_text(damage + "\n")
+    outcome = run(capsys, results, "--format", "markdown")
+    assert rows(outcome.out)[2][4] == "28.0 ± 3.0"
+    warnings = outcome.err.splitlines()
+    assert len(warnings) == 5 and all(line.startswith("warning: left out: ") for line in warnings), warnings
+
+
+# ---- columns of one setting ----
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two mappings without a pattern, with it as it starts, and trained; what was trained on another canvas."""
+    none, start, trained = (
+        {"reprogramming": "none", "epochs": 0, "done": None},
+        {"epochs": 0, "canvas_size": 128},
+        {"epochs": 2, "canvas_size": 128},
+    )
+    for seed in range(3):
+        for final, settings in ((0.20 + 0.02 * seed, none), (0.5, start), (0.30 + 0.04 * seed, trained)):
+            make_run(tmp_path, final, seed=seed, **settings)
+        for final, settings in ((0.9, none), (0.8, start), (0.895 + 0.005 * seed, trained)):
+            make_run(tmp_path, final, seed=seed, mapping="lda", **settings)
+    return tmp_path
+
+
+def test_what_a_pattern_adds(study, capsys):
+    """20, 22, 24 % against 30, 34, 38 %: 12 points, t = 12 / √(4/3 + 16/3) = 4.648 at 2.94 degrees of freedom."""
+    out = run(capsys, study, "--format", "markdown", "--columns", "pattern", "--baseline", "none").out
+    head, _, ilm, lda = rows(out)
+    start, trained = "padding, as it starts", "padding, trained"
+    assert head == [
+        *("data set", "backbone", "mapping", "none", start, trained, f"{start}, over none", f"{trained}, over none"),
+        *("seeds", "seconds per run", "note"),
+    ]
+    assert ilm[2:6] == ["ilm", "22.0 ± 2.0", "50.0 ± 0.0", "34.0 ± 4.0"]
+    assert ilm[6:8] == ["+28.0 (p = 0.0017)", "+12.0 (p = 0.02)"]
+    # without a deviation on either side there is no p; 90 against 89.5, 90, 90.5 is no difference
+    assert lda[3:6] == ["90.0 ± 0.0", "80.0 ± 0.0", "90.0 ± 0.5"]
+    assert lda[6:8] == ["−10.0 (p –): a loss", "0.0 (p = 1): no difference shown"]
+    assert ilm[8:10] == ["3", "0 / 0 / 120"]
+    assert ilm[10] == "canvas size default / 128 / 128; epochs 0 / 0 / 2"
+    assert "Welch" in out and "uncorrected" in out
+    make_run(study, 0.3, mapping="flm", reprogramming="none", epochs=0)
+    make_run(study, 0.2, mapping="flm", epochs=0)
+    out = run(capsys, study, "--format", "markdown", "--columns", "pattern", "--baseline", "none").out
+    assert rows(out)[2][6:8] == ["−10.0 (p –)", "–"]  # single seeds show nothing
+
+
+def test_welch_by_hand(study):
+    runs = [r for r in find_runs([study]) if r.mapping == "ilm"]
+    cells = {
+        key: Cell(tuple(r for r in runs if (r.row.reprogramming, r.row.epochs) == key))
+        for key in (("none", 0), ("padding", 2))
+    }
+    points, p = difference(cells["padding", 2], cells["none", 0])
+    t, df = 12 / (20 / 3) ** 0.5, (20 / 3) ** 2 / ((4 / 3) ** 2 / 2 + (16 / 3) ** 2 / 2)
+    # the tail of Student's t by integration
+    from math import gamma, pi
+
+    scale = gamma((df + 1) / 2) / ((df * pi) ** 0.5 * gamma(df / 2))
+    step = 0.001
+    within = sum(scale * (1 + ((i + 0.5) * step) ** 2 / df) ** (-(df + 1) / 2) for i in range(round(t / step))) * step
+    assert points == pytest.approx(12) and p == pytest.approx(1 - 2 * within, abs=1e-4)
+    single = Cell(cells["none", 0].runs[:1])
+    assert difference(cells["padding", 2], single) == (pytest.approx(14), None)
+
+
+def test_columns_of_any_setting(tmp_path, capsys):
+    for seed in range(2):
+        for shots in (16, 2, None):
+            own = {"shots": shots} if shots else {}
+            make_run(tmp_path, 0.1 + 0.01 * (shots or 50), seed=seed, data=f"{seed * bool(shots)}", **own)
+    make_run(tmp_path, 0.3, mapping="blm", shots=2)
+    head, _, ilm, blm = rows(run(capsys, tmp_path, "--format", "markdown", "--columns", "shots").out)
+    assert head[2:6] == ["mapping", "default", "2", "16"]  # in the order of their numbers
+    assert blm[7] == "– / 120 / –"
+    assert ilm[2:6] == ["ilm", "60.0 ± 0.0", "12.0 ± 0.0", "26.0 ± 0.0"] and blm[3:6] == ["–", "30.0", "–"]
+    make_run(tmp_path, 0.3, mapping="blm", shots=2, lr=0.1, seed=1)
+    message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots")
+    assert "flowers102, resnet18, blm, 2 differ in lr; name it in --rows" in message
+    make_run(tmp_path, 0.3, mapping="lda", data="1")
+    make_run(tmp_path, 0.3, mapping="lda", data="2", seed=1)
+    message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots", "--rows", "mapping,lr")
+    assert "lda, default, default differ in data" in message
+    table = run(capsys, tmp_path, "--format", "latex", "--columns", "shots", "--rows", "mapping,lr,data").out
+    assert r"mapping & lr & data & default & 2 & 16 & seeds" in table and table.count(r"lda & default & ") == 2
+    assert table.count(r" & -- & 30.0 & -- & 1") == 2  # blm, lr default and 0.1
+
+
+def test_refusals_of_columns(results, capsys):
+    assert "--columns makes a table, and html is none" in fails(capsys, results, "--columns", "mapping")
+    assert "--rows belongs to --columns" in fails(capsys, results, "--format", "markdown", "--rows", "mapping")
+    markdown = [results, "--format", "markdown", "--columns"]
+    assert "'colour' is no setting of these runs; they have mapping, pattern, " in fails(capsys, *markdown, "colour")
+    assert "no value of mapping; these are ilm; blm; linear" in fails(capsys, *markdown, "mapping", "--baseline", "flm")
+
+
+# ---- published figures ----
+
+
+def test_published_clip_figures_stand_beside_runs_of_as_many_shots(tmp_path, capsys):
+    make_run(tmp_path, 0.5, kind="vlm", backbone="ViT-B-32-quickgelu", dataset="fgvc_aircraft", shots=16)
+    make_run(tmp_path, 0.6, kind="vlm", backbone="ViT-B-32-quickgelu", dataset="fgvc_aircraft", mapping="blm", shots=8)
+    make_run(tmp_path, 0.7, kind="vlm", backbone="ViT-B-32-quickgelu", dataset="dtd", shots=16, weights="laion2b")
+    out = run(capsys, tmp_path, "--format", "markdown").out
+    head, _, *lines = rows(out)
+    assert head[5:12] == ["ilm", "blm", "vp", "ar", "attrvr", "dvp", "rvp"]
+    (line,) = (line for line in lines if line[3] == "published")
+    assert line[:5] == ["fgvc_aircraft", "ViT-B-32-quickgelu", "–", "published", "shots 16"]
+    assert line[5:12] == ["–", "–", "24.3", "21.8", "24.5", "26.1", "32.8"]
+    assert "Published vp, ar, attrvr, dvp: Cai et al." in out and "second hand" in out
+    assert "Published rvp: Li, Cai" in out
+    run(capsys, tmp_path, "--out", tmp_path / "page.html")
+    found = {(g["dataset"], g["settings"]): g["published"] for g in page_data(tmp_path / "page.html")["groups"]}
+    assert [each[:2] for each in found["fgvc_aircraft", "shots 16"]][0::4] == [["vp", 24.3], ["rvp", 32.8]]
+    assert found["fgvc_aircraft", "shots 8"] == found["dtd", "shots 16, weights laion2b"] == []
+
+
+@pytest.mark.skipif(not os.environ.get("BLM_REFERENCE"), reason="needs BLM_REFERENCE")
+def test_published_clip_figures_are_those_of_the_reference():
+    reference = json.loads((Path(os.environ["BLM_REFERENCE"]) / "clip_published.json").read_text())["tables"]
+    ours = {(t["backbone"], t["method"]): t["accuracy"] for t in published_tables() if "method" in t}
+    assert len(ours) == 20
+    for backbone, methods in reference.items():
+        for method, values in methods.items():
+            values["fgvc_aircraft"] = values.pop("aircraft")
+            average = values.pop("avg")
+            found = {name: mean for name, (mean, _) in ours[backbone.replace("/", "-"), method].items()}
+            assert found == values and sum(found.values()) / 11 == pytest.approx(average, abs=0.051)
+
+
 def page_data(path):
     text = path.read_text(encoding="utf-8")
     return json.loads(text.split('id="data">')[1].split("</script>")[0])
@@ -349,7 +535,8 @@ def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
     data = page_data(out)
     (group,) = [g for g in data["groups"] if g["mapping"] == "ilm"]
     assert (group["accuracy"], group["std"], group["best"], group["seeds"]) == pytest.approx((28, 3, 33, 3))
-    assert group["published"][:2] == [27.9, 0.7] and group["minutes"] == 2
+    ((name, *published),) = group["published"]
+    assert name == "ilm" and published[:2] == [27.9, 0.7] and group["minutes"] == 2
     assert data["runs"][group["runs"][1]]["seed"] == 1
     assert data["runs"][0]["mapping"] == [[[1, 0.6], [3, 0.25]], [[2, 0.5], [1, 0.125]]]
     assert data["runs"][0]["curves"]["mapping_change"] == [None, 0.25]
@@ -648,6 +835,23 @@ def test_comparison_of_curves_and_classes(browser, results, capsys):
     assert page.keys_of("#together .chart") == [["blmpp", "flm"]] * 2
 
 
+def test_best_on_validation_is_no_best_on_test(browser, results, capsys):
+    make_run(results, 0.6, mapping="flm", validation_fraction=0.2)
+    record = results / "record"
+    record.mkdir()
+    run(capsys, results, "--format", "record", "--out", record / "runs.jsonl")
+    run(capsys, record, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
+    assert page.column("mapping") == ["linear", "flm", "blm", "ilm"]
+    assert page.column("best on test") == ["95.0", "–", "45.0", "33.0"]
+    assert page.column("best on validation") == ["–", "65.0", "–", "–"]
+    page.type("#filter", "validation")
+    assert "best on validation 65.00 %" in page.one("#about").text
+    assert page.one("#caption").text == "A record holds neither pattern nor mapping."
+    assert not page.one("#pattern").is_displayed() and not page.one("#mapping").is_displayed()
+
+
 def test_unfinished_runs_are_shown_with_their_progress(browser, results, capsys):
     make_run(results, 0.2, seed=3, epochs=10, done=4)
     run(capsys, results, "--out", results / "page.html")
@@ -683,14 +887,20 @@ def test_explorer_bars_are_scaled_by_label_and_signed(browser, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("width", [390, 820, 1400])
-def test_accuracy_is_in_view_at_any_width(page, width):
+def test_accuracy_is_in_view_at_any_width(browser, results, capsys, width):
+    clip = {"kind": "vlm", "backbone": "ViT-B-32-quickgelu", "dataset": "fgvc_aircraft"}
+    make_run(results, 0.5, **clip, shots=16, validation_fraction=0.2)  # all columns, with five published figures
+    make_run(results, 0.5, **clip, shots=16, validation_fraction=0.2, seed=1, starts=[START | {"device": "GPU"}])
+    run(capsys, results, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
     page.command("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
     try:
         fits = page.browser.execute_script("""
             const cells = [...document.querySelectorAll("#board td.accuracy, #board td[data-name=minutes]")];
             const right = Math.max(...cells.map((cell) => cell.getBoundingClientRect().right));
             return [cells.length, right <= innerWidth, document.documentElement.scrollWidth <= innerWidth];""")
-        assert fits == [10, True, True]
+        assert fits == [8, True, True]
     finally:
         page.command("Emulation.clearDeviceMetricsOverride")
 
@@ -733,8 +943,11 @@ def test_names_are_text_whatever_they_hold(page):
 
 
 def test_published_figures_are_shown_with_their_source(page):
-    table = {row[0]: row[1:] for row in page.table("#published")}
-    assert len(table) == 12
-    assert table["flowers102"] == ["27.9 ± 0.7", "23.2 ± 0.5", "24.6", "17.8", "12.3"]
-    assert table["stanfordcars"] == ["4.5 ± 0.1", "3.4 ± 0.1", "–", "–", "–"]
-    assert "ICML 2024" in page.one("#sources").text
+    vision = {tuple(row[:2]): row[2:] for row in page.table("#published .scroll:nth-of-type(1) table")}
+    assert vision["resnet18", "flowers102"] == ["27.9 ± 0.7", "23.2 ± 0.5", "17.8", "12.3"]
+    assert len(vision) == 23 and ("resnet50", "stanfordcars") not in vision
+    clip = {tuple(row[:2]): row[2:] for row in page.table("#published .scroll:nth-of-type(2) table")}
+    assert len(clip) == 44 and clip["ViT-B-32", "fgvc_aircraft"] == ["24.3", "21.8", "24.5", "26.1", "32.8"]
+    assert [head.text for head in page.all("#published h3")] == ["Vision models", "CLIP, 16 images per class"]
+    sources = page.one("#sources").text
+    assert "ICML 2024" in sources and "second hand: as quoted" in sources

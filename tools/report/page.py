@@ -29,9 +29,10 @@ def as_html(rows, unfinished):
                 | {
                     "accuracy": cell.mean,
                     "std": cell.std,
-                    "best": cell.best_on_test,
+                    "best": cell.best,
+                    "best_on": cell.runs[0].best_on,
                     "minutes": cell.minutes,
-                    "published": published(row, mapping),
+                    "published": [[name, *found] for name, found in published(cell.runs[0], [mapping]).items()],
                     "wins": mapping in best,
                     "note": "; ".join(filter(None, (of_data.get(row), cell.note))),
                 }
@@ -75,11 +76,12 @@ def _progress(run):
 
 def _details(run, name_lists):
     """What the page shows of one run; without pattern and mapping where its checkpoint does not give them."""
-    path = checkpoint_path(run.folder)
     details = {"pattern": None, "caption": "", "classes": None, "sources": None, "mapping": None}
-    if run.metrics:
+    if not run.folder.is_dir():
+        details["caption"] = "A record holds neither pattern nor mapping."
+    elif run.metrics:
         try:
-            details |= _of_checkpoint(run, path, name_lists)
+            details |= _of_checkpoint(run, checkpoint_path(run.folder), name_lists)
         except (ValueError, OSError) as error:
             warn(f"no pattern and mapping of this run: {error}")
             details["caption"] = "The checkpoint could not be read."
@@ -89,7 +91,7 @@ def _details(run, name_lists):
         "seed": run.seed,
         "minutes": run.minutes,
         "result": None if run.result is None else [100 * value for value in run.result],
-        "machines": sorted(f"{device}, {threads} threads" for device, threads in run.machines),
+        "machines": sorted(f"{device}, {threads} thread{'s' * (threads != 1)}" for device, threads in run.machines),
         "curves": {key: [_short(line.get(key)) for line in run.metrics] for key in CURVES},
         "measured": None
         if accuracies is None

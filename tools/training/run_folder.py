@@ -380,7 +380,11 @@ def read_config(path):
     ValueError
         Where that is none, or one of another version of this project.
     """
-    config = read_json(path)
+    return check_config(read_json(path), path)
+
+
+def check_config(config, path):
+    """`read_config` of what ``path`` was found to hold."""
     config = config if isinstance(config, dict) else {}
     number = config.get("format", 1 if isinstance(config.get("settings"), dict) else None)
     if number != FORMAT and isinstance(number, int):
