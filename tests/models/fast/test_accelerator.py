@@ -133,3 +133,9 @@ def test_a_network_in_half_precision_neither_waits_nor_casts_its_weights(monkeyp
         logits.float().sum().backward()
     assert logits.dtype == torch.bfloat16 and input_vr.program.grad.dtype == torch.float32
     assert not crossed.count and not casts.seen
+
+
+def test_a_run_in_half_precision_has_its_weights_cast_beforehand(tmp_path):
+    options = {"dataset": "synthetic", "weights": "none", "canvas_size": 64, "results_path": str(tmp_path)}
+    system = build_vision(VMConfig.of(**options, backbone="resnet18", precision="bf16"), torch.device("cpu"))
+    assert system.network.core.cast.dtype == torch.bfloat16
