@@ -85,11 +85,11 @@ def test_a_wrong_mapping_or_loss_is_not_timed(moved, loss, agrees):
     plain, ours = {"weights": torch.tensor([[1.0, 0.5], [0.0, 0.5]]), "loss": 1.0}, Contender()
     ours.weights, ours.loss = plain["weights"] + torch.tensor([[-moved, -moved], [moved, moved]]), loss
     if agrees:
-        found = benchmark.check_agreement(plain, ours, benchmark.TOLERANCES["fp32"])
+        found = benchmark.check_agreement("ours", plain, ours, benchmark.TOLERANCES["fp32"])
         assert found == {"mapping": pytest.approx(moved, rel=1e-3), "loss": pytest.approx(loss - 1)}
     else:
-        with pytest.raises(ValueError, match="disagree"):
-            benchmark.check_agreement(plain, ours, benchmark.TOLERANCES["fp32"])
+        with pytest.raises(ValueError, match="ours and the plain loop disagree"):
+            benchmark.check_agreement("ours", plain, ours, benchmark.TOLERANCES["fp32"])
 
 
 def test_mapping_benchmark(capsys):
@@ -209,10 +209,10 @@ def test_each_row_is_written_as_it_comes_and_one_that_fails_stops_no_other(on_a_
     assert list(map(json.loads, path.read_text().splitlines())) == shown
     assert shown[3] == {
         "case": "resnet50-32", "title": "ResNet-50, 32x32 in 224", "batch_size": 256, "loop": "published",
-        "error": "CUDA out of memory",
+        "error": "OutOfMemoryError: CUDA out of memory",
     }  # fmt: skip
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == len(shown) + 3 and "| published: CUDA out of memory |" in out[6]
+    assert len(out) == len(shown) + 3 and "| published: OutOfMemoryError: CUDA out of memory |" in out[6]
 
 
 def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
