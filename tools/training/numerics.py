@@ -48,11 +48,6 @@ def choose_precision(name, device):
     return name
 
 
-def half_dtype(precision):
-    """What a precision autocasts the network to while it trains; float32 for those that do not."""
-    return _AUTOCAST.get(precision, torch.float32)
-
-
 def set_up_arithmetic(device, precision, deterministic, threads=0):
     """Set what torch keeps for the whole process: the GPU in use, TF32 or not, algorithms that repeat their bits, and
     the number of threads of a CPU's arithmetic (0: as it is)."""
@@ -66,6 +61,11 @@ def set_up_arithmetic(device, precision, deterministic, threads=0):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a workspace
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # none of it is read before it is written
+
+
+def half_dtype(precision):
+    """What a precision autocasts the network to while it trains; float32 for those that do not."""
+    return _AUTOCAST.get(precision, torch.float32)
 
 
 def chunk_size_of(network, device):
