@@ -58,12 +58,12 @@ class LabelMapping(nn.Module):
 
     @property
     def weights(self):
-        """The mapping as a matrix, (S, T) float32 without gradient; not to be written to."""
+        """The mapping as a matrix, (S, T) float32 without gradient; a copy."""
         raise AssertionError("each kind of mapping has its own")
 
     @property
     def bias(self):
-        """What is added to the T products, (T,) float32 without gradient, or None; not to be written to."""
+        """What is added to the T products, (T,) float32 without gradient, or None; a copy."""
         return None
 
     def affine(self):
@@ -72,7 +72,7 @@ class LabelMapping(nn.Module):
 
     @property
     def source_index(self):
-        """The pretrained label of each downstream label, (T,) int64, for one-to-one mappings; else None."""
+        """The pretrained label of each downstream label, (T,) int64, a copy, for one-to-one mappings; else None."""
         return None
 
     @torch.inference_mode(False)
@@ -110,7 +110,7 @@ class LabelMapping(nn.Module):
         Parameters
         ----------
         logits : Tensor, (n, S), floating point of any precision
-        labels : Tensor, (n,), integer in [0, T)
+        labels : Tensor, (n,), integer in [0, T), or -100 for rows to leave out
 
         Raises
         ------
@@ -123,7 +123,7 @@ class LabelMapping(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self):
-        """Make what was observed the mapping, and clear the statistics.
+        """Make what was observed the mapping, in place, and clear the statistics.
 
         A downstream label that was not observed gets a uniform column 1/S or, one-to-one, an unused
         pretrained label; with `lda` it is never predicted. One warning names such labels.
@@ -228,7 +228,7 @@ class OneToOneMapping(LabelMapping):
     @property
     def source_index(self):
         self._check_ready()
-        return self._index
+        return self._index.clone()
 
     @property
     def weights(self):
@@ -250,7 +250,7 @@ class OneToOneMapping(LabelMapping):
         return logits.index_select(1, self._index).float()
 
     def _estimate(self, table):
-        self._index = one_to_one(table).to(self._index.device)
+        self._index.copy_(one_to_one(table))
 
 
 class MatrixMapping(LabelMapping):
@@ -280,7 +280,7 @@ class MatrixMapping(LabelMapping):
     @property
     def weights(self):
         self._check_ready()
-        return self._weights
+        return self._weights.clone()
 
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
@@ -288,10 +288,7 @@ class MatrixMapping(LabelMapping):
         return _float32_product(logits, self._weights)
 
     def _estimate(self, table):
-        # The old weights go first, to make room. Whoever still holds them keeps them as they were.
-        self.ready, device = False, self._weights.device
-        self._weights = self._weights.new_empty(0)
-        self._weights = self.estimator(table).to(device)
+        self._weights.copy_(self.estimator(table))
 
 
 class LdaMapping(LabelMapping):
@@ -334,12 +331,12 @@ class LdaMapping(LabelMapping):
     @property
     def weights(self):
         self._check_ready()
-        return self._weights
+        return self._weights.clone()
 
     @property
     def bias(self):
         self._check_ready()
-        return self._bias
+        return self._bias.clone()
 
     @property
     def prior_weight(self):
@@ -387,11 +384,11 @@ class LdaMapping(LabelMapping):
         # large weights are those that matter, and float32 loses no digits to it.
         weights, bias = weights - weights.mean(1, keepdim=True), bias - bias.mean()
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
-        self._weights = torch.full_like(self._weights, 1 / self.num_source)
-        self._bias = torch.full_like(self._bias, _NEVER)
+        self._weights.fill_(1 / self.num_source)
+        self._bias.fill_(_NEVER)
         seen = seen.to(self._bias.device)
         self._weights[:, seen], self._bias[seen] = weights.to(self._weights), bias.to(self._bias)
-        self._chosen = self._chosen.new_tensor(chosen)
+        self._chosen.copy_(self._chosen.new_tensor(chosen))
 
 
 class LinearMapping(LabelMapping):
@@ -417,11 +414,11 @@ class LinearMapping(LabelMapping):
 
     @property
     def weights(self):
-        return self.affine()[0].detach()
+        return self.affine()[0].detach().clone()
 
     @property
     def bias(self):
-        return None if self.offset is None else self.offset.detach()
+        return None if self.offset is None else self.offset.detach().clone()
 
     def affine(self):
         return (self.matrix.sigmoid() if self.variant == "sigmoid" else self.matrix), self.offset

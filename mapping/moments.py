@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .statistics import Stream, gather_rows
+from .statistics import IGNORED, Stream, gather_rows
 
 SAMPLE_SIZE = 2048  # rows: at most 1.1 points of standard error of an accuracy, far less of a difference of two
 _ROWS = 256  # of a batch at once
@@ -64,22 +64,22 @@ class Moments(Stream):
     def _rows_at_once(self):
         return _ROWS
 
-    def _add(self, logits_ns, labels_n):
-        z_ns = logits_ns.double()
-        same_nn = labels_n[:, None] == labels_n
-        size_n = same_nn.sum(1).double()
+    def _add(self, logits_ns, labels_n, counted_n):
+        z_ns = logits_ns.double().masked_fill(~counted_n[:, None], 0)
+        same_nn = (labels_n[:, None] == labels_n) & counted_n[:, None] & counted_n
+        size_n = same_nn.sum(1).clamp(min=1).double()
         mean_ns = same_nn.double() @ z_ns / size_n[:, None]  # of the batch's samples of one's own label
         before_n = self._counts[labels_n].double()
         old_mean_ns = self._sums[labels_n] / before_n.clamp(min=1)[:, None]
         # What two groups' means differ by adds to their scatter once for each label: at its first sample.
-        first_n = ~same_nn.tril(-1).any(1)
+        first_n = ~same_nn.tril(-1).any(1) & counted_n
         moved_n = (before_n * size_n / (before_n + size_n)).sqrt() * first_n
         parts = torch.cat([z_ns - mean_ns, (mean_ns - old_mean_ns) * moved_n[:, None]])
         self._scatter.addmm_(parts.T, parts)
         self._sums.index_put_((labels_n,), z_ns, accumulate=True)  # in a fixed order on CUDA too
-        self._counts.index_put_((labels_n,), torch.ones_like(labels_n), accumulate=True)
+        self._counts.index_put_((labels_n,), counted_n.long(), accumulate=True)
         if self.sampled:
-            self._keep(logits_ns.float(), labels_n)
+            self._keep(logits_ns.float(), labels_n.masked_fill(~counted_n, IGNORED))
         return z_ns.isfinite().all()
 
     def _keep(self, rows, labels):
@@ -96,15 +96,19 @@ class Moments(Stream):
         digest = labels * factors[-1]
         for block, part in zip(digest.split(_ROWS), (rows + 0.0).split(_ROWS), strict=True):  # -0.0 + 0.0 is 0.0
             block += (part.view(torch.int32) * factors[:-1]).sum(1)  # modulo 2^64: in any order the same
+        digest.masked_fill_(labels == IGNORED, torch.iinfo(torch.int64).max)
         kept = digest.sort(stable=True).indices[:SAMPLE_SIZE]
         self._rows, self._num_rows = [(rows[kept], labels[kept])], len(kept)
 
+    def _sample(self):
+        self._thin()
+        ((rows, labels),) = self._rows
+        counted = labels != IGNORED
+        return rows[counted], labels[counted]
+
     def _result(self):
         means = self._sums / self._counts.clamp(min=1)[:, None]
-        rows = labels = None
-        if self.sampled:
-            self._thin()
-            ((rows, labels),) = self._rows
+        rows, labels = self._sample() if self.sampled else (None, None)
         return ClassMoments(self._counts, means, self._scatter, rows, labels)
 
     def _all_reduce(self):
@@ -125,8 +129,7 @@ class Moments(Stream):
     def _state(self):
         state = {"counts": self._counts, "sums": self._sums, "scatter": self._scatter}
         if self.sampled:
-            self._thin()
-            state["rows"], state["labels"] = self._rows[0]
+            state["rows"], state["labels"] = self._sample()
         return state
 
     def _load(self, state, num_samples, device):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from .estimators import scatter_sum
 
+IGNORED = -100  # label of a row that counts for nothing, as in torch.nn.functional.cross_entropy
 DENSE_BYTES = 2**30  # a table up to this size is dense; with the float32 weights made from it, under 2 GB
 _DENSE_SHARE = 1 / 16  # share of non-zero cells at which merging keys takes about the room of a dense table
 _PENDING_ENTRIES = 2**21  # entries gathered before they are merged into the sorted keys
@@ -141,9 +142,14 @@ class Stream:
 
     def clear(self):
         """Forget everything observed."""
-        self.num_samples = 0
+        self._num_samples = None  # int64, on the device
         self._extremes = None  # int64 on the device: [is any logit not finite, -lowest label, highest label]
         self._clear()
+
+    @property
+    def num_samples(self):
+        """Rows observed; reading it waits for the device."""
+        return 0 if self._num_samples is None else int(self._num_samples)
 
     def observe(self, logits, labels):
         """Add a batch.
@@ -151,7 +157,7 @@ class Stream:
         Parameters
         ----------
         logits : Tensor, (n, S), floating point of any precision
-        labels : Tensor, (n,), integer in [0, T)
+        labels : Tensor, (n,), integer in [0, T), or `IGNORED` for rows to leave out
 
         Raises
         ------
@@ -171,16 +177,21 @@ class Stream:
         if not len(logits):
             return
         labels = labels.to(logits.device, torch.int64)
+        counted = labels != IGNORED
+        labels = labels.masked_fill(~counted, 0)
         lowest, highest = labels.aminmax()
         if labels.device.type == "cpu":
             self._check_labels(int(lowest), int(highest))
         self._place_all(logits.device)
-        self.num_samples += len(logits)
         clipped = labels.clamp(0, self.num_target - 1)  # out of range, an accelerator would abort the process
         rows = max(1, self._rows_at_once())
         finite = True
-        for logits_ns, labels_n in zip(logits.split(rows), clipped.split(rows), strict=True):
-            finite = self._add(logits_ns, labels_n) & finite
+        for logits_ns, labels_n, counted_n in zip(
+            logits.split(rows), clipped.split(rows), counted.split(rows), strict=True
+        ):
+            finite = self._add(logits_ns, labels_n, counted_n) & finite
+        number = counted.sum()
+        self._num_samples = number if self._num_samples is None else self._num_samples + number
         extremes = torch.stack([finite.logical_not().to(torch.int64), -lowest, highest])
         self._extremes = extremes if self._extremes is None else self._extremes.maximum(extremes)
 
@@ -212,11 +223,10 @@ class Stream:
         self._place_all(device if self._extremes is None else self._extremes.device)
         if self._extremes is None:
             self._extremes = torch.tensor([0, -self.num_target, -1], device=device)
-        num_samples = torch.tensor([self.num_samples], device=self._extremes.device)
-        dist.all_reduce(num_samples)
+            self._num_samples = torch.zeros((), dtype=torch.int64, device=device)
+        dist.all_reduce(self._num_samples)
         dist.all_reduce(self._extremes, dist.ReduceOp.MAX)
         self._all_reduce()
-        self.num_samples = int(num_samples)
 
     def state(self):
         """Everything as tensors and plain values, or None if nothing was observed."""
@@ -243,12 +253,12 @@ class Stream:
         if not fits or not self._load(state, num_samples, device):
             self.clear()
             raise ValueError(f"not the statistics of {self.num_source} pretrained and {self.num_target} labels")
-        self.num_samples, self._extremes = num_samples, extremes.clone()
+        self._num_samples, self._extremes = torch.tensor(num_samples, device=device), extremes.clone()
 
     def _place_all(self, device):
         self._place(device)
         if self._extremes is not None:
-            self._extremes = self._extremes.to(device)
+            self._extremes, self._num_samples = self._extremes.to(device), self._num_samples.to(device)
 
     def _check_labels(self, lowest, highest):
         if lowest < 0 or highest >= self.num_target:
@@ -283,12 +293,13 @@ class Statistics(Stream):
     def _rows_at_once(self):
         return _SCRATCH_CELLS // (self.num_source + 4 * (self.k or 1))
 
-    def _add(self, logits_ns, labels_n):
+    def _add(self, logits_ns, labels_n, counted_n):
         values_nk, source_nk = self._predict(logits_ns)
+        values_nk = values_nk.masked_fill(~counted_n[:, None], 0)
         # NaN and infinity prevail in maximum and softmax, so the kept values tell of the whole row.
         finite = values_nk.isfinite().all()
         if self.k is None:
-            values_nk = torch.ones_like(source_nk)
+            values_nk = counted_n[:, None]
         keys_nk = source_nk * self.num_target + labels_n[:, None]
         self._table.add(keys_nk.flatten(), values_nk.to(self._table.values.dtype).flatten())
         return finite

@@ -42,8 +42,11 @@ class System:
     source_names: list | None  # of what the mapping reads: pretrained labels, or the numbers of an embedding
     zero_shot: tuple | None = None  # test images under a CLIP's own preprocessing, and that preset
 
-    def loaders(self, batch_size, seed):
-        """`data.BatchLoader` of each step: ``estimate``, ``train``, ``test`` and perhaps ``validation``."""
+    def loaders(self, batch_size, seed, passed_at_once=0):
+        """`data.BatchLoader` of each step: ``estimate``, ``train``, ``test`` and perhaps ``validation``.
+
+        All but ``train`` take ``passed_at_once`` images a step, if that is more, or as many as the largest set has.
+        """
         train, test = self.presets
         common = {
             "device": self.device,
@@ -54,8 +57,17 @@ class System:
         sets = {"estimate": (self.task.train, train), "train": (self.task.train, train), "test": (self.task.test, test)}
         if self.task.validation is not None:
             sets["validation"] = self.task.validation, test
+        largest = max(len(images.labels) for images, _ in sets.values())
+        passed = max(batch_size, min(passed_at_once, largest))
         return {
-            step: BatchLoader(images, preset, batch_size, shuffle=step == "train", purpose=step, **common)
+            step: BatchLoader(
+                images,
+                preset,
+                batch_size if step == "train" else passed,
+                shuffle=step == "train",
+                purpose=step,
+                **common,
+            )
             for step, (images, preset) in sets.items()
         }
 

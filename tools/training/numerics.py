@@ -1,10 +1,13 @@
 """What a device computes with: the choice of device and precision, torch's switches, images to pretrained logits."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 
 PLAIN_CHUNK = 32  # images that go through the plain network at once on a CPU
+PASSED_AT_ONCE = 1024  # images per step of a pass without gradients on a GPU (an estimate, not measured)
+COMPILED_FROM = 10**6  # images that a run trains on, all epochs together, from which compiling may pay (likewise)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,6 +49,51 @@ def choose_precision(name, device):
     if device.type == "cpu" and name in ("tf32", "fp16"):
         raise ValueError(f"--precision {name} needs a GPU; on a CPU take fp32 or bf16")
     return name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a device gets; `plan_for` decides it.
+
+    Attributes
+    ----------
+    waits : bool
+        Whether each training step is looked at before its gradient is used, so that a run stops at the very first bad
+        one. Else a step that is not finite changes nothing, by itself, and is reported at the end of its epoch: nothing
+        in an epoch waits for the device. The optimiser is one fused kernel then.
+    passed_at_once : int
+        Images per step of the passes without gradients, where that is more than the batch size.
+    compiled : bool
+        Whether network, loss and gradient are compiled, and captured as one graph on a GPU; see
+        `tools.training.step.Step`.
+    """
+
+    waits: bool = True
+    passed_at_once: int = 0
+    compiled: bool = False
+
+
+def plan_for(device, engine="plain", images=0, processes=1):
+    """The one place that decides what a device gets.
+
+    A CPU waits, and takes batches as they are. A GPU waits for nothing and takes larger batches where it needs no
+    gradient. It compiles, which takes minutes, for a long run of a single process with all parts of the fast network:
+    a plain network, the reference on every device, is never compiled, nor is anything that has to repeat its bits.
+
+    Parameters
+    ----------
+    device : torch.device
+    engine : str
+        As ``--engine`` has it.
+    images : int
+        That the run trains on, all epochs together.
+    processes : int
+    """
+    if device.type == "cpu":
+        return Plan()
+    repeats = torch.are_deterministic_algorithms_enabled()
+    pays = engine == "auto" and images >= COMPILED_FROM and processes == 1
+    return Plan(False, PASSED_AT_ONCE, device.type == "cuda" and pays and not repeats)
 
 
 def set_up_arithmetic(device, precision, deterministic, threads=0):

@@ -9,7 +9,7 @@ estimating alone. A mapping of the embedding itself (lda) needs none of that.
 import torch
 
 
-class Readout:
+class Readout(torch.nn.Module):
     """Of a vision model, whose outputs are the pretrained logits, or of a mapping that reads what the network gives.
 
     Attributes
@@ -19,6 +19,7 @@ class Readout:
     """
 
     def __init__(self, mapping):
+        super().__init__()
         self.mapping, self.width = mapping, mapping.num_source
 
     def pretrained(self, outputs):
@@ -48,28 +49,35 @@ class ClipReadout(Readout):
 
     def __init__(self, mapping, net):
         super().__init__(mapping)
-        self.net, self.width = net, net.text_embeddings.shape[1]
-        self._folded = None
+        self.width = net.text_embeddings.shape[1]
+        self._net = (net,)  # in a tuple: not a submodule, but for what changes between steps
+        device = net.text_embeddings.device
+        self.register_buffer("_weights", torch.zeros(self.width, mapping.num_target, device=device))
+        self.register_buffer("_bias", torch.zeros(mapping.num_target, device=device))
 
     def pretrained(self, outputs):
-        return self.net.logits(outputs)
+        return self._net[0].logits(outputs)
 
     def downstream(self, outputs):
         if self.mapping.trainable and torch.is_grad_enabled():  # it changes with every step
-            weights, bias = self.net.fold(*self.mapping.affine())
+            weights, bias = self._fold()
         else:
-            weights, bias = self._folded
+            weights, bias = self._weights, self._bias
         with torch.autocast(outputs.device.type, enabled=False):
             return torch.addmm(bias, outputs.float(), weights)
 
     def as_module(self):
         self.hold()
-        weights, bias = self._folded
-        linear = torch.nn.Linear(*weights.shape).requires_grad_(False)
-        linear.weight.copy_(weights.T)
-        linear.bias.copy_(bias)
+        linear = torch.nn.Linear(*self._weights.shape).requires_grad_(False)
+        linear.weight.copy_(self._weights.T)
+        linear.bias.copy_(self._bias)
         return linear
 
     @torch.no_grad()
     def hold(self):
-        self._folded = self.net.fold(*(None if part is None else part.detach() for part in self.mapping.affine()))
+        weights, bias = self._fold()
+        self._weights.copy_(weights)
+        self._bias.copy_(bias)
+
+    def _fold(self):
+        return self._net[0].fold(*self.mapping.affine())

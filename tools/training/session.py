@@ -14,7 +14,7 @@ import torch
 from data import UnreadableImage
 from tools.console import MainProcessFailed, one_line_warnings, user_errors
 from tools.training import distributed
-from tools.training.numerics import choose_device, choose_precision, set_up_arithmetic
+from tools.training.numerics import choose_device, choose_precision, plan_for, set_up_arithmetic
 from tools.training.run_folder import Run, check_writable, checkpoint_path, summarise
 from tools.training.trainer import Interrupted, NonFiniteError, Trainer
 
@@ -72,7 +72,9 @@ class Session:
         if self.result is not None:
             self.trainer, self.first_epoch = None, max(1, cfg.epochs)
             return
-        loaders = system.loaders(cfg.batch_size, cfg.seed)
+        images = len(system.task.train.labels) * cfg.epochs
+        plan = plan_for(device, cfg.engine, images, distributed.world_size())
+        loaders = system.loaders(cfg.batch_size, cfg.seed, plan.passed_at_once)
         self.log(
             f"task: {cfg.dataset}, {len(system.task.train.labels)} training and "
             f"{len(system.task.test.labels)} test images, {system.task.num_target} classes; "
@@ -80,7 +82,8 @@ class Session:
         )
         self.log(
             f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
-            f"{torch.get_num_threads()} threads, {precision}; {system.network.description}"
+            f"{torch.get_num_threads()} threads, {precision}{', compiled' if plan.compiled else ''}; "
+            f"{system.network.description}"
         )
         should_stop = self._stack.enter_context(_stop_signals())
         self.trainer = Trainer(
@@ -95,6 +98,8 @@ class Session:
             cfg.on_nonfinite,
             should_stop,
             system.readout,
+            plan,
+            self.log,
         )
         self._previous_weights, self._history, self.first_epoch = None, [], 0
         self._stack.callback(self.run.close)
@@ -219,10 +224,8 @@ class Session:
         self.log(f"{head}test {tested.accuracy:.2%}{shown}{self.mapping.note}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
-        """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
-        if self.mapping.source_index is not None:
-            return self.mapping.source_index
-        return self.mapping.weights.clone() if self.mapping.trainable else self.mapping.weights
+        """ω to compare with the next one."""
+        return self.mapping.weights if self.mapping.source_index is None else self.mapping.source_index
 
     def finish(self):
         """Write ``result.json`` and say what came out; a dict of what it holds."""

@@ -4,15 +4,17 @@ import math
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 
+from mapping.statistics import IGNORED
 from tools.training import distributed
-from tools.training.numerics import chunk_size_of, network_outputs
+from tools.training.numerics import plan_for
 from tools.training.readout import Readout
+from tools.training.step import Step
 
 
 class NonFiniteError(ArithmeticError):
@@ -95,6 +97,11 @@ class Trainer:
         Asked after every batch: 0, or the number of the signal that asks to stop.
     readout : tools.training.readout.Readout, optional
         Default: the network's outputs are the pretrained logits.
+    plan : tools.training.numerics.Plan, optional
+        What the device gets; default: that of the plain network. On a CPU every step is called as it is and looked at
+        before its gradient is used. On a GPU nothing in an epoch waits for the device, and the step may be compiled.
+    log : callable
+        Takes a line of text on what the user should know.
     """
 
     def __init__(
@@ -110,18 +117,22 @@ class Trainer:
         on_nonfinite="stop",
         should_stop=lambda: 0,
         readout=None,
+        plan=None,
+        log=print,
     ):
         self.network, self.program, self.mapping, self.loaders = network, program, mapping, loaders
         self.schedule, self.epochs, self.on_nonfinite = schedule, epochs, on_nonfinite
-        self.should_stop, self.readout = should_stop, readout or Readout(mapping)
+        self.should_stop, self.readout, self.log = should_stop, readout or Readout(mapping), log
         self.device = program.device
+        self.plan = plan or plan_for(self.device)
         self.optimizers = [optimizer] if program.requires_grad else []
         if mapping.trainable:
             self.optimizers.append(torch.optim.Adam(mapping.parameters(), lr=0.1))
         self.base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        for optimizer in self.optimizers:
+            _keep_in_place(optimizer, fused=not self.plan.waits)
         self.parameters = [p for p in (program, *mapping.parameters()) if p.requires_grad]
-        self.precision = precision
-        self.chunk_size = chunk_size_of(network, self.device)
+        self.step = Step(network, self.readout, self.parameters, precision, self.device, self.plan.compiled, log)
         self.skipped_steps = 0
 
     # ---- the three steps ----
@@ -129,11 +140,10 @@ class Trainer:
     def estimate(self, epoch):
         """Estimate ω from one pass over the training set with the present θ; the seconds that it took."""
         start = time.perf_counter()
-        with torch.inference_mode(), self.network.accumulate():
-            for batch in self._batches("estimate", epoch):
-                outputs = self._within_memory(len(batch.images), lambda: self._outputs(batch.images))  # noqa: B023
-                self.mapping.observe(self.readout.pretrained(outputs), batch.labels)
-            self.mapping.all_reduce_statistics()
+        self._pass(
+            "estimate", epoch, lambda outputs, labels: self.mapping.observe(self.readout.pretrained(outputs), labels)
+        )
+        self.mapping.all_reduce_statistics()
         self.refresh(epoch)
         return self._seconds_since(start)
 
@@ -166,30 +176,36 @@ class Trainer:
             return Trained(None, None, None, 0.0)
         start = time.perf_counter()
         self.readout.hold()
-        loader, lr = self.loaders["train"], None
+        loader, lrs = self.loaders["train"], []
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, seen
-        watch = _NonFiniteWatch(self.device, lag=self.on_nonfinite == "stop" and self.device.type == "cuda")
-        for step, batch in enumerate(self._batches("train", epoch)):
-            first_lr = self._set_lr(epoch + step / len(loader))
-            lr = first_lr if lr is None else lr
+        bad_steps = torch.zeros(len(loader), dtype=torch.bool, device=self.device)
+        for number, batch in enumerate(self._batches("train", epoch)):
+            lrs.append(self._set_lr(epoch + number / len(loader)))
+            outputs, loss_sum, correct, *gradients = self._within_memory(loader, *batch)
+            distributed.sum_over_processes(*gradients)
+            finite = torch.stack([part.isfinite().all() for part in (loss_sum, *gradients)]).all()
+            bad = (~finite).float()
+            distributed.sum_over_processes(bad)
+            bad_steps[number] = bad = bad > 0
+            if self.plan.waits and bad:
+                if self.on_nonfinite == "stop":
+                    break
+                continue
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
             for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss_sum, outputs, correct = self._forward_backward(batch)
-            distributed.sum_over_processes(*(p.grad for p in self.parameters))
-            finite = torch.isfinite(loss_sum) & torch.stack([p.grad.isfinite().all() for p in self.parameters]).all()
-            where = f"{_number(epoch)}, batch {step + 1}, learning rate {first_lr:g}"
-            if self.on_nonfinite == "skip":
-                if distributed.any_process(not finite, self.device):
-                    self.skipped_steps += 1
-                    continue
-            else:
-                watch.check(finite, where)
-            for optimizer in self.optimizers:
+                if not self.plan.waits:
+                    optimizer.found_inf = bad.float()  # where it is 1, the fused kernels change nothing
                 optimizer.step()
-            totals += torch.stack([loss_sum.double(), correct.double(), _count(batch, totals)])
+            sums = torch.stack([loss_sum.double(), correct.double(), _count(batch.labels, totals)])
+            totals += sums.masked_fill(bad, 0)
             if observe:
-                self.mapping.observe(self.readout.pretrained(outputs), batch.labels)
-        watch.finish()
+                self.mapping.observe(self.readout.pretrained(outputs), batch.labels.masked_fill(bad, IGNORED))
+        bad_steps = [number for number, bad in enumerate(bad_steps.tolist()) if bad]
+        if bad_steps and self.on_nonfinite == "stop":
+            where = f"{_number(epoch)}, batch {bad_steps[0] + 1}, learning rate {lrs[bad_steps[0]]:g}"
+            raise NonFiniteError(f"{where}: the loss or its gradient is not finite")
+        self.skipped_steps += len(bad_steps)
         if observe:  # now, so that a checkpoint holds what all processes saw
             self.mapping.all_reduce_statistics()
         distributed.sum_over_processes(totals)
@@ -197,8 +213,8 @@ class Trainer:
         assert self.skipped_steps or seen == loader.num_samples, "the training pass lost samples"
         if not seen or not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             what = "the pattern or the mapping is not finite after the last batch" if seen else "no batch was finite"
-            raise NonFiniteError(f"{_number(epoch)}, learning rate {lr:g}: {what}")
-        return Trained(loss_sum / seen, correct / seen, lr, self._seconds_since(start))
+            raise NonFiniteError(f"{_number(epoch)}, learning rate {lrs[0]:g}: {what}")
+        return Trained(loss_sum / seen, correct / seen, lrs[0], self._seconds_since(start))
 
     def evaluate(self, epoch=0):
         """Measure the test set, and what is held out for validation; every sample once.
@@ -215,11 +231,13 @@ class Trainer:
     def _accuracy(self, split, epoch):
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # correct, seen
         self.readout.hold()
-        with torch.inference_mode(), self.network.accumulate():
-            for batch in self._batches(split, epoch):
-                outputs = self._within_memory(len(batch.images), lambda: self._outputs(batch.images))  # noqa: B023
-                predicted = self.readout.downstream(outputs).argmax(1)
-                totals += torch.stack([(predicted == batch.labels).sum().double(), _count(batch, totals)])
+
+        def count(outputs, labels):
+            nonlocal totals
+            predicted = self.readout.downstream(outputs).argmax(1)
+            totals += torch.stack([(predicted == labels).sum().double(), _count(labels, totals)])
+
+        self._pass(split, epoch, count)
         distributed.sum_over_processes(totals)
         correct, seen = totals.tolist()
         assert seen == self.loaders[split].num_samples, "the evaluation lost samples"
@@ -245,62 +263,40 @@ class Trainer:
         if signum:
             raise Interrupted(signum)
 
-    def _outputs(self, images, precision="fp32"):
-        if not len(images):  # a process whose share of the last batch is empty still takes part in every sum
-            return images.new_zeros(0, self.readout.width)
-        return network_outputs(self.network, images, precision, self.chunk_size)
+    @torch.no_grad()
+    def _pass(self, split, epoch, use):
+        """Call ``use(outputs, labels)`` for every batch."""
+        with nullcontext() if self.step.compiled else self.network.accumulate():
+            for batch in self._batches(split, epoch):
+                (outputs,) = self._within_memory(self.loaders[split], batch.images)
+                use(outputs, batch.labels)
 
-    def _forward_backward(self, batch):
-        """Accumulate the gradient of the global batch's mean loss, a chunk at a time."""
-        return self._within_memory(len(batch.labels), lambda: self._accumulate(batch))
-
-    def _within_memory(self, count, function):
-        """The value of ``function()``; where memory does not suffice, in chunks half as large."""
+    def _within_memory(self, loader, images, *rest):
+        """What the step makes of a batch; where memory does not suffice, in chunks half as large."""
+        step = self.step
+        if rest:
+            labels, size = rest
+            rest = labels, torch.full((), float(size), device=self.device)  # filled there, not copied to it
         while True:
             try:
-                return function()
+                return step.run(loader.batch_size, images, *rest)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
-                if self.chunk_size == 1:
+                if step.chunk_size == 1:
                     raise torch.OutOfMemoryError(str(error)) from error
             # out of the except clause, whose traceback holds on to the graph
-            self.chunk_size = max(1, min(self.chunk_size, count) // 2)
-            print(f"out of memory: going on in chunks of {self.chunk_size} images (same result)", flush=True)
-            for parameter in self.parameters:
-                parameter.grad = None
+            step.chunk_size = max(1, min(step.chunk_size, len(images)) // 2)
+            self.log(f"out of memory: going on in chunks of {step.chunk_size} images (same result)")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _accumulate(self, batch):
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        half = self.precision in ("bf16", "fp16")  # in which the gradient of a mean over the batch would underflow
-        kept = []
-        chunks = zip(batch.images.split(self.chunk_size), batch.labels.split(self.chunk_size), strict=True)
-        with self.network.accumulate():
-            for images, labels in chunks:
-                if not len(labels):
-                    break
-                outputs = self._outputs(images, self.precision)
-                mapped = self.readout.downstream(outputs)
-                loss = functional.cross_entropy(mapped, labels, reduction="sum")
-                (loss if half else loss / batch.global_size).backward()
-                loss_sum += loss.detach()
-                correct += (mapped.detach().argmax(1) == labels).sum()
-                kept.append(outputs.detach())
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif half:
-                parameter.grad /= batch.global_size
-        return loss_sum, torch.cat(kept) if kept else self._outputs(batch.images), correct
-
     def _set_lr(self, position):
-        for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
+        lrs = [learning_rate(self.schedule, base, position, self.epochs) for base in self.base_lrs]
+        for optimizer, lr in zip(self.optimizers, lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.schedule, base, position, self.epochs)
-        return self.optimizers[0].param_groups[0]["lr"] if self.optimizers else 0.0
+                group["lr"].fill_(lr)
+        return lrs[0] if lrs else 0.0
 
     def _seconds_since(self, start):
         if self.device.type == "cuda":
@@ -315,7 +311,7 @@ class Trainer:
             "program": self.program.detach(),
             "mapping": dict(self.mapping.state_dict()),
             "optimizers": [
-                [optimizer.state.get(parameter, {}) for parameter in group["params"]]
+                [optimizer.state[parameter] for parameter in group["params"]]
                 for optimizer in self.optimizers
                 for group in optimizer.param_groups
             ],
@@ -340,9 +336,7 @@ class Trainer:
             if not self.mapping.ready:
                 raise ValueError("no mapping yet")
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                own = optimizer.state_dict()["param_groups"]  # these follow from the settings
-                checked = _checked_optimizer_state(optimizer, saved)
-                optimizer.load_state_dict({"state": checked, "param_groups": own})
+                _load_optimizer(optimizer, saved)
             self.skipped_steps = int(state["skipped_steps"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -351,19 +345,35 @@ class Trainer:
             ) from error
 
 
-def _checked_optimizer_state(optimizer, saved):
-    """The state of an optimiser's parameters as ``load_state_dict`` wants it, checked to be of this optimiser."""
-    names = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
+def _keep_in_place(optimizer, fused):
+    """Make all that an optimiser changes now, its learning rate included, so that every step finds it in its place."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if fused else "cpu"
+        lr = torch.tensor(group["lr"], dtype=torch.float32 if fused else torch.float64, device=device)
+        group.update(lr=lr, fused=fused or None)
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if isinstance(optimizer, torch.optim.Adam):
+                state["step"] = torch.zeros((), device=device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            elif group.get("momentum"):
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@torch.no_grad()
+def _load_optimizer(optimizer, saved):
+    """Copy a state of an optimiser's parameters into its own, whose form it must have; an empty one is the start."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for values, parameter in zip(saved, parameters, strict=True):
-        shapes = {name: () if name == "step" else parameter.shape for name in names}
-        if values and (values.keys() != names or any(values[name].shape != shapes[name] for name in names)):
+        own = optimizer.state[parameter]
+        if values and (values.keys() != own.keys() or any(values[name].shape != own[name].shape for name in own)):
             raise ValueError("an optimiser's state of another form")
         if not all(value.dtype == torch.float32 for value in values.values()):
             raise ValueError("an optimiser's state of another type")
         if "step" in values and not 0 <= values["step"] < math.inf:
             raise ValueError("an optimiser's count of steps below 0 or not finite")
-    return {index: values for index, values in enumerate(saved) if values}
+        for name, value in own.items():
+            value.copy_(values[name]) if values else value.zero_()
 
 
 def _out_of_memory(error):
@@ -372,38 +382,8 @@ def _out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
-class _NonFiniteWatch:
-    """Stops at the first step that is not finite; on a GPU one step later, so that no step waits for the device."""
-
-    def __init__(self, device, lag):
-        self.lag, self.pending = lag, None
-        self.device = device
-
-    def check(self, finite, where):
-        if not self.lag:
-            self._raise_unless(finite, where)
-            return
-        self.finish()
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(finite, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.pending = flag, event, where
-
-    def finish(self):
-        if self.pending is not None:
-            flag, event, where = self.pending
-            event.synchronize()
-            self.pending = None
-            self._raise_unless(flag, where)
-
-    def _raise_unless(self, finite, where):
-        if distributed.any_process(not finite, self.device):
-            raise NonFiniteError(f"{where}: the loss or its gradient is not finite")
-
-
-def _count(batch, like):
-    return like.new_full((), len(batch.labels))  # filled there: new_tensor would wait for a copy
+def _count(labels, like):
+    return like.new_full((), len(labels))  # filled there: new_tensor would wait for a copy
 
 
 def _number(epoch):

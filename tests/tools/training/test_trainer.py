@@ -92,9 +92,8 @@ def test_loss_and_gradient_are_the_mean_over_the_batch(tmp_path):
     run = trainer(tmp_path, engine="plain")
     run.estimate(0)
     batch = next(iter(run.loaders["train"].epoch(0)))
-    run.chunk_size = 5  # 5 + 5 + 5 + 5 + 4
-    loss_sum, _, correct = run._forward_backward(batch)
-    chunked = run.program.grad.clone()
+    run.step.chunk_size = 5  # 5 + 5 + 5 + 5 + 4
+    _, loss_sum, correct, chunked = run.step(batch.images, batch.labels, torch.tensor(24.0))
     run.program.grad = None
     logits = run.mapping(run.network(batch.images))
     loss = functional.cross_entropy(logits, batch.labels)
