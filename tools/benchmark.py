@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from mapping import build_mapping
 from models import SWITCHES, PaddingVR, build_classifier, build_network
 from models.torchvision_shim import ensure_torchvision
 from tools.console import Parser, user_errors
-from tools.training.numerics import choose_device, choose_precision, half_dtype, set_up_arithmetic
+from tools.training.numerics import choose_device, choose_precision, half_dtype, plan_for, set_up_arithmetic
 from tools.training.run_folder import check_writable
 from tools.training.trainer import Trainer
 
@@ -80,7 +80,8 @@ DEFAULTS = {
         "minutes": 9.0,
     },
 }
-ENGINES = {"eager": tuple(SWITCHES), "plain": ()}  # on a GPU; name -> switches of the network
+# on a GPU; name -> switches of the network, whether the step is compiled
+ENGINES = {"eager": (tuple(SWITCHES), False), "compiled": (tuple(SWITCHES), True), "plain": ((), False)}
 # how far from the plain loop: the share of ω that may lie at other labels, and the first epoch's loss, relative; half
 # precision takes some images' highest logits for others
 TOLERANCES = {"fp32": (2e-3, 2e-3), "tf32": (0.2, 0.02), "fp16": (0.2, 0.05), "bf16": (0.2, 0.1)}
@@ -98,7 +99,7 @@ class Loop:
     precision: str = "fp32"
     switches: tuple | None = tuple(SWITCHES)
     observe: bool = False  # the mapping comes from the training pass, as in train_vm_fast
-    compiled: bool = False  # the classifier, by torch.compile
+    compiled: bool = False  # the step, as one graph
 
 
 @user_errors()
@@ -169,7 +170,8 @@ def plan(args, device):
     for batch_size in args.batch_size:
         loops = [Loop("published", "fp16", None)]
         for precision in args.precision:
-            loops += [Loop(f"{precision}, {name}", precision, parts) for name, parts in ENGINES.items()]
+            for name, (parts, compiled) in ENGINES.items():
+                loops.append(Loop(f"{precision}, {name}", precision, parts, compiled=compiled))
         groups += [(case, batch_size, [loop]) for loop in loops + more for case in args.case]
     return groups
 
@@ -347,20 +349,28 @@ class Ours:
     def __init__(self, loop, classifier, size, task, batch_size, mapping, device):
         input_vr = _padding(classifier, size, device)
         self.mapping = build_mapping(mapping, classifier.num_source, task.num_target).to(device)
-        sets = {"estimate": task.train, "train": task.train, "test": task.test}
-        loaders = {step: _loader(images, size, batch_size, device, step) for step, images in sets.items()}
+        plan = replace(plan_for(device), compiled=loop.compiled)
+        passed = max(batch_size, min(plan.passed_at_once, len(task.train)))
+        loaders = {
+            "estimate": _loader(task.train, size, passed, device, "estimate"),
+            "train": _loader(task.train, size, batch_size, device, "train"),
+            "test": _loader(task.test, size, passed, device, "test"),
+        }
         self.device, self.precision, self.observe = device, loop.precision, loop.observe
-        net = torch.compile(classifier) if loop.compiled else classifier
         with self.arithmetic():
-            network = build_network(net, input_vr, switches=loop.switches, dtype=half_dtype(loop.precision))
+            network = build_network(classifier, input_vr, switches=loop.switches, dtype=half_dtype(loop.precision))
             self.description = network.description
             optimizer = torch.optim.Adam([input_vr.program], lr=0.01)
             self.trainer = Trainer(
-                network, input_vr.program, self.mapping, loaders, optimizer, "steps", 10**6, loop.precision
-            )
+                network, input_vr.program, self.mapping, loaders, optimizer, "steps", 10**6, loop.precision, plan=plan,
+                log=self._note,
+            )  # fmt: skip
             if self.observe:
                 self.trainer.estimate(0)
                 self.trainer.train(0, observe=True)  # what the first epoch takes its mapping from
+
+    def _note(self, line):
+        self.description += f"; {line}"
 
     @contextmanager
     def arithmetic(self):
