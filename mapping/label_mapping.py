@@ -58,12 +58,12 @@ class LabelMapping(nn.Module):
 
     @property
     def weights(self):
-        """The mapping as a matrix, (S, T) float32 without gradient; a copy."""
+        """The mapping as a matrix, (S, T) float32 without gradient; not to be written to."""
         raise AssertionError("each kind of mapping has its own")
 
     @property
     def bias(self):
-        """What is added to the T products, (T,) float32 without gradient, or None; a copy."""
+        """What is added to the T products, (T,) float32 without gradient, or None; not to be written to."""
         return None
 
     def affine(self):
@@ -72,7 +72,7 @@ class LabelMapping(nn.Module):
 
     @property
     def source_index(self):
-        """The pretrained label of each downstream label, (T,) int64, a copy, for one-to-one mappings; else None."""
+        """The pretrained label of each downstream label, (T,) int64, for one-to-one mappings; else None."""
         return None
 
     @torch.inference_mode(False)
@@ -123,7 +123,7 @@ class LabelMapping(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self):
-        """Make what was observed the mapping, in place, and clear the statistics.
+        """Make what was observed the mapping, and clear the statistics.
 
         A downstream label that was not observed gets a uniform column 1/S or, one-to-one, an unused
         pretrained label; with `lda` it is never predicted. One warning names such labels.
@@ -228,7 +228,7 @@ class OneToOneMapping(LabelMapping):
     @property
     def source_index(self):
         self._check_ready()
-        return self._index.clone()
+        return self._index
 
     @property
     def weights(self):
@@ -250,7 +250,7 @@ class OneToOneMapping(LabelMapping):
         return logits.index_select(1, self._index).float()
 
     def _estimate(self, table):
-        self._index.copy_(one_to_one(table))
+        self._index = one_to_one(table).to(self._index.device)
 
 
 class MatrixMapping(LabelMapping):
@@ -280,7 +280,7 @@ class MatrixMapping(LabelMapping):
     @property
     def weights(self):
         self._check_ready()
-        return self._weights.clone()
+        return self._weights
 
     def forward(self, logits):
         """Map (n, S) logits of any precision to (n, T) float32, under autocast too."""
@@ -288,7 +288,10 @@ class MatrixMapping(LabelMapping):
         return _float32_product(logits, self._weights)
 
     def _estimate(self, table):
-        self._weights.copy_(self.estimator(table))
+        # The old weights go first, to make room. Whoever still holds them keeps them as they were.
+        self.ready, device = False, self._weights.device
+        self._weights = self._weights.new_empty(0)
+        self._weights = self.estimator(table).to(device)
 
 
 class LdaMapping(LabelMapping):
@@ -331,12 +334,12 @@ class LdaMapping(LabelMapping):
     @property
     def weights(self):
         self._check_ready()
-        return self._weights.clone()
+        return self._weights
 
     @property
     def bias(self):
         self._check_ready()
-        return self._bias.clone()
+        return self._bias
 
     @property
     def prior_weight(self):
@@ -384,11 +387,11 @@ class LdaMapping(LabelMapping):
         # large weights are those that matter, and float32 loses no digits to it.
         weights, bias = weights - weights.mean(1, keepdim=True), bias - bias.mean()
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
-        self._weights.fill_(1 / self.num_source)
-        self._bias.fill_(_NEVER)
+        self._weights = torch.full_like(self._weights, 1 / self.num_source)
+        self._bias = torch.full_like(self._bias, _NEVER)
         seen = seen.to(self._bias.device)
         self._weights[:, seen], self._bias[seen] = weights.to(self._weights), bias.to(self._bias)
-        self._chosen.copy_(self._chosen.new_tensor(chosen))
+        self._chosen = self._chosen.new_tensor(chosen)
 
 
 class LinearMapping(LabelMapping):
@@ -414,11 +417,11 @@ class LinearMapping(LabelMapping):
 
     @property
     def weights(self):
-        return self.affine()[0].detach().clone()
+        return self.affine()[0].detach()
 
     @property
     def bias(self):
-        return None if self.offset is None else self.offset.detach().clone()
+        return None if self.offset is None else self.offset.detach()
 
     def affine(self):
         return (self.matrix.sigmoid() if self.variant == "sigmoid" else self.matrix), self.offset

@@ -66,11 +66,14 @@ class Plan:
     compiled : bool
         Whether network, loss and gradient are compiled, and captured as one graph on a GPU; see
         `tools.training.step.Step`.
+    note : str
+        What a log should say of it.
     """
 
     waits: bool = True
     passed_at_once: int = 0
     compiled: bool = False
+    note: str = ""
 
 
 def plan_for(device, engine="plain", images=0, processes=1):
@@ -91,9 +94,19 @@ def plan_for(device, engine="plain", images=0, processes=1):
     """
     if device.type == "cpu":
         return Plan()
-    repeats = torch.are_deterministic_algorithms_enabled()
-    pays = engine == "auto" and images >= COMPILED_FROM and processes == 1
-    return Plan(False, PASSED_AT_ONCE, device.type == "cuda" and pays and not repeats)
+    against = {
+        "not all parts of --engine": engine != "auto",
+        "a short run": images < COMPILED_FROM,
+        "several processes": processes > 1,
+        "--deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    reasons = [reason for reason, holds in against.items() if holds]
+    return Plan(
+        waits=False,
+        passed_at_once=PASSED_AT_ONCE,
+        compiled=not reasons,
+        note=f"not compiled ({', '.join(reasons)})" if reasons else "compiled",
+    )
 
 
 def set_up_arithmetic(device, precision, deterministic, threads=0):

@@ -82,7 +82,7 @@ class Session:
         )
         self.log(
             f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
-            f"{torch.get_num_threads()} threads, {precision}{', compiled' if plan.compiled else ''}; "
+            f"{torch.get_num_threads()} threads, {precision}{plan.note and f', {plan.note}'}; "
             f"{system.network.description}"
         )
         should_stop = self._stack.enter_context(_stop_signals())
@@ -224,8 +224,10 @@ class Session:
         self.log(f"{head}test {tested.accuracy:.2%}{shown}{self.mapping.note}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
-        """ω to compare with the next one."""
-        return self.mapping.weights if self.mapping.source_index is None else self.mapping.source_index
+        """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
+        if self.mapping.source_index is not None:
+            return self.mapping.source_index
+        return self.mapping.weights.clone() if self.mapping.trainable else self.mapping.weights
 
     def finish(self):
         """Write ``result.json`` and say what came out; a dict of what it holds."""

@@ -51,6 +51,8 @@ class Step(nn.Module):
         self.chunk_size = chunk_size_of(network, device)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         self._trained = [names[id(parameter)] for parameter in trained if id(parameter) in names]
+        of_readout = [name for name, _ in (*readout.named_parameters(), *readout.named_buffers())]
+        self._changing = list(dict.fromkeys([*self._trained, *(f"readout.{name}" for name in of_readout)]))
         self._graphs = {}  # by the number of inputs and the size of the batch
 
     def forward(self, images, labels=None, count=None):
@@ -118,36 +120,27 @@ class Step(nn.Module):
 
     def _run_compiled(self, size, images, labels=None, count=None):
         missing = size - len(images)
-        batch = [functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))]
+        batch = [functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images]
         if labels is not None:
             batch += [functional.pad(labels, (0, missing), value=IGNORED), count]
+        # θ, ω and what else changes between steps, wherever it lies: a CUDA graph copies its inputs. All other tensors
+        # are constants of the graph.
+        inputs = *(attrgetter(name)(self).detach() for name in self._changing), *batch
         with torch.no_grad():
             key = len(batch), size
             if key not in self._graphs:
-                self._graphs[key] = self._compile(batch)
+                self._graphs[key] = self._compile(inputs, self(*batch))
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave may be written over
-            outputs, *others = self._graphs[key](*self._changing().values(), *batch)
+            outputs, *others = self._graphs[key](*inputs)
         return outputs[: len(images)], *others
 
-    def _changing(self):
-        """θ, ω and whatever else changes between steps, by name; all other tensors become constants of the graph."""
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        return {
-            name: tensor.detach()
-            for name, tensor in tensors.items()
-            if name in self._trained or name.startswith("readout.")
-        }
-
-    def _compile(self, batch):
-        """A function of `_changing` and a batch like this one, checked against the eager step."""
-        expected = self(*batch)  # before recording: what is made at the first use is a constant then
-
-        names, inputs = list(self._changing()), (*self._changing().values(), *batch)
+    def _compile(self, inputs, expected):
+        """A function of such inputs, checked against what the eager step, which comes first, gave for these."""
 
         def pure(*tensors):
-            named = zip(names, tensors, strict=False)
+            named = zip(self._changing, tensors, strict=False)
             changing = {name: tensor.detach().requires_grad_(name in self._trained) for name, tensor in named}
-            return functional_call(self, changing, tensors[len(names) :])
+            return functional_call(self, changing, tensors[len(changing) :])
 
         with torch.autograd.set_multithreading_enabled(False):  # the recorder sees its own thread alone
             graph = make_fx(pure)(*inputs)

@@ -186,7 +186,8 @@ class Trainer:
             finite = torch.stack([part.isfinite().all() for part in (loss_sum, *gradients)]).all()
             bad = (~finite).float()
             distributed.sum_over_processes(bad)
-            bad_steps[number] = bad = bad > 0
+            bad = bad > 0
+            bad_steps[number] = bad
             if self.plan.waits and bad:
                 if self.on_nonfinite == "stop":
                     break
@@ -197,6 +198,7 @@ class Trainer:
                 if not self.plan.waits:
                     optimizer.found_inf = bad.float()  # where it is 1, the fused kernels change nothing
                 optimizer.step()
+                optimizer.zero_grad()  # lets go of the gradients
             sums = torch.stack([loss_sum.double(), correct.double(), _count(batch.labels, totals)])
             totals += sums.masked_fill(bad, 0)
             if observe:
@@ -263,10 +265,13 @@ class Trainer:
         if signum:
             raise Interrupted(signum)
 
-    @torch.no_grad()
     def _pass(self, split, epoch, use):
-        """Call ``use(outputs, labels)`` for every batch."""
-        with nullcontext() if self.step.compiled else self.network.accumulate():
+        """Call ``use(outputs, labels)`` for every batch, without gradients."""
+        whole = self.step.compiled  # which takes no inference tensors, and computes what a batch shares itself
+        with (
+            torch.no_grad() if whole else torch.inference_mode(),
+            nullcontext() if whole else self.network.accumulate(),
+        ):
             for batch in self._batches(split, epoch):
                 (outputs,) = self._within_memory(self.loaders[split], batch.images)
                 use(outputs, batch.labels)
