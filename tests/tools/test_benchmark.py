@@ -227,3 +227,11 @@ def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
     monkeypatch.setattr(benchmark.time, "perf_counter", iter([0.0, 2.0]).__next__)
     found = benchmark.profile(Contender(), num_images=9, batch_size=4, device=CPU)
     assert found == {"kernels_per_step": 1, "gpu_busy": 0.35}
+
+
+def test_a_step_that_cannot_be_compiled_is_not_timed_in_its_eager_form(tmp_path, monkeypatch):
+    args = benchmark.complete(benchmark.parse(SMALL), CPU)
+    ring = benchmark.Ring(args, CPU, {"fp32": 1.0}, tmp_path)
+    monkeypatch.setattr("tools.training.step.Step._run_compiled", lambda *batch: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="not compiled"):
+        ring.measure("resnet18-32", 4, [benchmark.Loop("compiled", switches=(), compiled=True)])
