@@ -77,7 +77,7 @@ class FrozenConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.activation = None
         self.fused = self.winograd = False
-        self._prepared = {}  # packed or cast weights, made when first needed
+        self._prepared = {}  # weights packed for the CPU's kernels, made when first needed
 
     @property
     def kernel_size(self):
@@ -113,11 +113,11 @@ class FrozenConv2d(nn.Module):
 
     def compute(self, x, other, padding):
         """The value alone, through the fused kernel where there is one."""
-        dtype = _autocast_dtype(x) or x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         if self._has_kernels(dtype) and (other is None or other.dtype == dtype):
-            return self._fused("forward", x, self.bias, padding, self.stride, self.activation, other)
-        weight, bias = self._cast(dtype)
-        y = F.conv2d(x.to(dtype), weight, bias, self.stride, padding, self.dilation, self.groups)
+            return self._fused("forward", x.to(dtype), self.bias, padding, self.stride, self.activation, other)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = F.conv2d(x.to(dtype), self.weight.to(dtype), bias, self.stride, padding, self.dilation, self.groups)
         return _finish(y, other, self.activation)
 
     def input_gradient(self, g, shape, padding):
@@ -128,15 +128,20 @@ class FrozenConv2d(nn.Module):
         overhang = tuple(d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel_size, padding, strict=True))
         if self._has_kernels(g.dtype) and self.stride == (1, 1) and min(overhang) >= 0:
             return self._fused("backward", g, None, overhang, (1, 1))
-        weight, _ = self._cast(g.dtype)
-        x = empty_like_layout(weight, shape, g)  # its values are never read
+        if self.groups > 1 and self._has_kernels(torch.bfloat16):  # oneDNN takes six times as long for it in bfloat16
+            weight = self._prepare("float32", self.weight.float)
+        else:
+            weight = self.weight.to(g.dtype)
+        x = empty_like_layout(weight, shape, weight)  # its values are never read
         operator, only_input = torch.ops.aten.convolution_backward, (True, False, False)
         geometry = (self.stride, padding, self.dilation, False, (0, 0), self.groups)
-        return operator(g, x, weight, None, *geometry, only_input)[0]
+        return operator(g.to(weight.dtype), x, weight, None, *geometry, only_input)[0]
 
     def _has_kernels(self, dtype):
-        on_cpu = self.weight.device.type == "cpu" and dtype == self.weight.dtype == torch.float32
-        return self.fused and on_cpu and _onednn_operators() is not None
+        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == dtype
+        if not (self.fused and on_cpu) or _onednn_operators() is None:
+            return False
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     def _fused(self, direction, x, bias, padding, stride, activation=None, other=None):
         """activation(conv(x) + bias + other) by oneDNN or Winograd; "backward" takes the flipped kernels."""
@@ -177,11 +182,6 @@ class FrozenConv2d(nn.Module):
                 self._prepared[key] = make()
         return self._prepared[key]
 
-    def _cast(self, dtype):
-        if dtype == self.weight.dtype:
-            return self.weight, self.bias
-        return self._prepare(dtype, lambda: tuple(t if t is None else t.to(dtype) for t in (self.weight, self.bias)))
-
 
 def _finish(y, other, activation):
     if other is not None:
@@ -196,7 +196,8 @@ def empty_like_layout(pattern, shape, like):
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _autocast_dtype(x):
+def autocast_dtype(x):
+    """The type that autocast computes convolutions and matrix products of ``x`` in, or None where it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -209,7 +210,7 @@ class _FrozenConvolution(torch.autograd.Function):
         y = layer.compute(x, other, padding)
         ctx.layer, ctx.padding, ctx.shape, ctx.dtype = layer, padding, x.shape, x.dtype
         ctx.other_dtype = None if other is None else other.dtype
-        ctx.conv_dtype = _autocast_dtype(x) or x.dtype
+        ctx.conv_dtype = autocast_dtype(x) or x.dtype
         if layer.activation is not None:
             ctx.save_for_backward(y)
         return y

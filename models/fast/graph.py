@@ -18,6 +18,8 @@ from models.fast.conv import FrozenConv2d
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU_CALLS = {F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"}
 _RELU6_CALLS = {F.relu6}
+_MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm}
+_AUTOCAST_LAYERS = (FrozenConv2d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # layers that do nothing in eval mode
 
 
@@ -49,6 +51,31 @@ def share_copy(module):
         if getattr(layer, "inplace", None) is True:
             layer.inplace = False  # an output that another layer keeps for its backward pass must not be overwritten
     return copied
+
+
+def cast_weights(module, dtype):
+    """A copy for use under autocast to ``dtype``: the weights that autocast would cast in every pass are cast once.
+
+    They are those of convolutions and matrix products; all others keep their type, as autocast leaves them.
+    """
+    copied = share_copy(module)
+    for layer in copied.modules():
+        if any(type(layer).forward is kind.forward for kind in _AUTOCAST_LAYERS):
+            _replace_tensors(layer, [*layer._parameters, *layer._buffers], dtype)
+        elif isinstance(layer, fx.GraphModule):
+            for node in layer.graph.nodes:
+                if node.op == "get_attr" and all(user.target in _MATRIX_PRODUCTS for user in node.users):
+                    owner, _, name = node.target.rpartition(".")
+                    _replace_tensors(layer.get_submodule(owner), [name], dtype)
+    return copied
+
+
+def _replace_tensors(layer, names, dtype):
+    for held in (layer._parameters, layer._buffers):
+        for name in set(names) & held.keys():
+            if held[name] is not None and held[name].dtype == torch.float32:
+                cast = held[name].detach().to(dtype)
+                held[name] = nn.Parameter(cast, requires_grad=False) if held is layer._parameters else cast
 
 
 def trace(classifier, example):

@@ -7,6 +7,7 @@ and the same gradient to the program, several times faster. Each part can be lef
 
 import difflib
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,11 +25,36 @@ SWITCHES = {
     "fused-ops": "ReLU and residual additions inside the convolutions; the backward pass keeps outputs alone",
     "winograd": "3 x 3 convolutions in a quarter of the multiplications (on CPUs, with fused-ops)",
 }
-LARGEST_WINDOW = 0.7  # share of a map above which pasting costs more than the border's arithmetic
-REUSED_BLOCK = 28 << 20  # bytes; glibc maps blocks of 32 MiB and more again every time, a page fault per 4 KiB
+TOLERANCES = (1e-3, 1e-3, 1e-2)  # how far logits and gradient may be from the plain path's, relative, in float32
+HALF_TOLERANCE = 3  # in half precision: how many times farther from float32 than the plain path in half precision is
 
 
-def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
+@dataclass(frozen=True)
+class Tuning:
+    """What depends on the device.
+
+    Attributes
+    ----------
+    largest_window : float
+        Share of a map above which pasting costs more than the border's arithmetic.
+    reused_block : int or None
+        Bytes of a map up to which the allocator hands the same memory out again.
+    """
+
+    largest_window: float
+    reused_block: int | None
+
+
+TUNING = {
+    # glibc maps blocks of 32 MiB and more again every time, a page fault per 4 KiB
+    "cpu": Tuning(largest_window=0.7, reused_block=28 << 20),
+    # not measured: memory bounds most layers there, and a window w of a map, pasted, convolved and written, moves
+    # 2w + 2w where the whole map moves 2; torch's allocator reuses blocks of all sizes
+    "cuda": Tuning(largest_window=0.5, reused_block=None),
+}
+
+
+def build_network(classifier, input_vr, *, switches=tuple(SWITCHES), dtype=torch.float32):
     """Join a frozen classifier and an input VR.
 
     Parameters
@@ -41,6 +67,9 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
     switches : iterable of str
         Names from `SWITCHES`. One that cannot apply to this network, that fails, or whose result disagrees with the
         plain path on random images, is left out, and `Network.description` says so and why.
+    dtype : torch.dtype
+        What the network will be autocast to while it trains: float32 (not at all), bfloat16 or float16. The trial on
+        random images is run in it as well as in float32, and its weights are cast beforehand.
 
     Returns
     -------
@@ -49,7 +78,7 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
     Raises
     ------
     ValueError
-        For an unknown switch.
+        For an unknown switch, and where the network's values are beyond the range of ``dtype``.
     Exception
         Whatever the classifier raises on images of this size.
     """
@@ -63,15 +92,22 @@ def build_network(classifier, input_vr, *, switches=tuple(SWITCHES)):
     if not switches:
         return plain
     expected = _try_out(plain)
+    bounds = {torch.float32: [t * e.norm() for t, e in zip(TOLERANCES, expected, strict=True)]}
+    if dtype != torch.float32:
+        errors = _errors(_try_out(plain, dtype), expected)
+        if all(e.isfinite().all() for e in expected) and not all(map(torch.isfinite, errors)):
+            name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+            raise ValueError(f"this network's values exceed the range of {name}; take --precision bf16, tf32 or fp32")
+        bounds[dtype] = [b + HALF_TOLERANCE * e for b, e in zip(bounds[torch.float32], errors, strict=True)]
 
     def attempt(parts):
         """The network with these parts, and None; or why there is none."""
         try:
-            network = Network(classifier, input_vr, parts)
-            got = _try_out(network)
+            network = Network(classifier, input_vr, parts, dtype)
+            errors = {kind: _errors(_try_out(network, kind), expected) for kind in bounds}
         except Exception as error:  # a foreign network can stop the preparation or the trial in any way
             return None, f"stopped with {type(error).__name__}"
-        agree = all(map(_close, expected, got, (1e-3, 1e-3, 1e-2)))
+        agree = all(error <= bound for kind in bounds for error, bound in zip(errors[kind], bounds[kind], strict=True))
         return (network, None) if agree else (None, "gave other results than the plain path")
 
     network, _ = attempt(switches)
@@ -101,7 +137,7 @@ class Network(nn.Module):
         None on other devices: as many as fit.
     """
 
-    def __init__(self, classifier, input_vr, switches):
+    def __init__(self, classifier, input_vr, switches, dtype=torch.float32):
         super().__init__()
         self.input_vr, self.switches = input_vr, frozenset(switches)
         self.plain = (classifier,)  # in a tuple: not a submodule, whose weights would be held twice
@@ -109,8 +145,12 @@ class Network(nn.Module):
         self.description = "plain path"
         if switches:
             self._prepare(classifier)
-        if self.core is not None and self.black.device.type == "cpu":
-            self.batch_size = max(4, min(32, REUSED_BLOCK // (4 * self.core.largest_map())))
+        if self.core is not None:
+            if dtype != torch.float32:
+                self.core.prepare(dtype)
+            block = _tuning(self.black).reused_block
+            if block is not None:
+                self.batch_size = max(4, min(32, block // (4 * self.core.largest_map())))
 
     def forward(self, images):
         """Logits (n, S), or whatever else the classifier gives.
@@ -178,7 +218,7 @@ class Network(nn.Module):
             _channels_last(graph)
         self.core = WindowedNetwork(
             graph, window, scale, first_layer="first-layer" in self.switches,
-            largest_window=LARGEST_WINDOW if "shared-border" in self.switches else 0.0,
+            largest_window=_tuning(black).largest_window if "shared-border" in self.switches else 0.0,
         )  # fmt: skip
         fast = sum(isinstance(layer, FrozenConv2d) and layer.may_use_winograd for layer in graph.modules())
         notes = {name: name for name in SWITCHES}
@@ -221,7 +261,11 @@ def _probe(input_vr):
     return black, window, 1 / input_vr.std
 
 
-def _try_out(network):
+def _tuning(tensor):
+    return TUNING["cpu" if tensor.device.type == "cpu" else "cuda"]
+
+
+def _try_out(network, dtype=torch.float32):
     """Logits of one and of two random images, and the latter's gradient of the program, under a random program."""
     program, size, generator = network.input_vr.program, network.input_vr.image_size, torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, size, size, generator=generator).to(program)
@@ -230,11 +274,11 @@ def _try_out(network):
     # a fresh program is constant: its maps are full of ties, which a max-pooling may break either way
     program.data.add_(noise)
     try:
-        with _strict_float32():
+        with _strict_float32(), torch.autocast(program.device.type, dtype, enabled=dtype != torch.float32):
             with torch.inference_mode():
-                first = network(images[:1])
+                first = network(images[:1]).to(program)
             with torch.enable_grad():
-                logits = network(images)
+                logits = network(images).to(program)
                 weights = torch.randn(logits.shape, generator=generator).to(logits)
                 loss = (logits * weights).sum()
                 gradient = torch.autograd.grad(loss, program)[0] if loss.requires_grad else start
@@ -264,5 +308,5 @@ def _channels_last(module):
             layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _close(expected, got, tolerance):
-    return bool((got - expected).norm() <= tolerance * expected.norm())
+def _errors(got, expected):
+    return [(g - e).norm() for g, e in zip(got, expected, strict=True)]

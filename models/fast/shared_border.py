@@ -23,8 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from models.fast.conv import NO_PADDING, FrozenConv2d, activate, activation_gradient, empty_like_layout
-from models.fast.graph import ADDITIONS, freeze
+from models.fast.conv import (
+    NO_PADDING,
+    FrozenConv2d,
+    activate,
+    activation_gradient,
+    autocast_dtype,
+    empty_like_layout,
+)  # fmt: skip
+from models.fast.graph import ADDITIONS, cast_weights, freeze
 
 _POINTWISE_LAYERS = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU,
@@ -141,7 +148,7 @@ class WindowedNetwork(nn.Module):
 
     def __init__(self, graph, window, scale, *, first_layer, largest_window):
         super().__init__()
-        self.graph = graph
+        self.graph, self.cast = graph, None
         self.largest_window = largest_window
         self.input = next(node for node in graph.graph.nodes if node.op == "placeholder")
         self.steps = {}
@@ -250,8 +257,8 @@ class WindowedNetwork(nn.Module):
         called = node.op in ("call_function", "call_method") and node.target in _POINTWISE_CALLS
         return called and len(node.all_input_nodes) == 1
 
-    def _layer(self, node):
-        return self.graph.get_submodule(node.target) if node.op == "call_module" else None
+    def _layer(self, node, graph=None):
+        return (graph or self.graph).get_submodule(node.target) if node.op == "call_module" else None
 
     def _is_map(self, node):
         return len(node.meta.get("shape", ())) == 4
@@ -284,6 +291,10 @@ class WindowedNetwork(nn.Module):
                 if value not in seen:
                     seen.add(value)
                     self.releases[node].append(value)
+
+    def prepare(self, dtype):
+        """Cast the weights that `forward` needs under autocast to ``dtype``; `shared` keeps its own."""
+        self.cast = _Cast(dtype, graph=self.graph, image_conv=self.image_conv)
 
     def shared(self, canvas):
         """All that the windows need of their surroundings.
@@ -325,11 +336,11 @@ class WindowedNetwork(nn.Module):
         shared : dict
             From `shared`.
         """
-        values = {self.input: images}
+        values, layers = {self.input: images}, _layers_for(images, self)
         for node, step in self.steps.items():
             if node is self.stem:
                 (top, bottom), (left, right) = self.image_margins
-                own = self.image_conv(F.pad(images, (left, right, top, bottom)))
+                own = layers.image_conv(F.pad(images, (left, right, top, bottom)))
                 values[node] = _AddShared.apply(own, shared[node], self.stem_activation)
             elif _reads_shape(node) and self._partial(node.args[0]):
                 whole = images.new_empty(()).expand(len(images), *node.args[0].meta["shape"][1:])
@@ -338,7 +349,8 @@ class WindowedNetwork(nn.Module):
                 for fetch in step.fetches.values():
                     if fetch not in values:
                         values[fetch] = _paste(values[fetch.source], fetch, shared)
-                values[node] = self._call(node, lambda n, f=step.fetches: values[f.get(n, n)], step.padding)
+                value_of = lambda n, f=step.fetches: values[f.get(n, n)]  # noqa: E731
+                values[node] = self._call(node, value_of, step.padding, layers.graph)
             for value in self.releases[node]:
                 del values[value]
         return values[node]
@@ -347,15 +359,15 @@ class WindowedNetwork(nn.Module):
         """What `forward` takes of whole canvases (n, 3, C, C) where the first layer is not split."""
         return _crop(canvases, self.steps[self.input].window)
 
-    def _call(self, node, value_of, padding=None):
-        """Run one node; ``padding`` is given where its input already holds its surroundings."""
+    def _call(self, node, value_of, padding=None, graph=None):
+        """Run one node of ``graph``; ``padding`` is given where its input already holds its surroundings."""
         if node.op == "output":
             return fx.node.map_arg(node.args[0], value_of)
         args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
-        layer = self._layer(node)
+        layer = self._layer(node, graph)
         if layer is None:
             if node.op == "get_attr":
-                return operator.attrgetter(node.target)(self.graph)
+                return operator.attrgetter(node.target)(graph or self.graph)
             if node.op == "call_method":
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return node.target(*args, **kwargs)
@@ -381,12 +393,12 @@ class SplitStem(nn.Module):
 
     def __init__(self, net, canvas, window, scale):
         super().__init__()
-        self.net, self.stem = net, None
+        self.net, self.cast, self.stem = net, None, None
         found = self._first_convolution(canvas)
         if found is not None:
-            name, layer = found
+            self.stem_name, layer = found
             self.stem = _SharedStem(layer, scale)
-            net.set_submodule(name, self.stem)
+            net.set_submodule(self.stem_name, self.stem)
         (top, bottom), (left, right) = window
         self.margins = (left, canvas.shape[3] - right, top, canvas.shape[2] - bottom)
 
@@ -415,15 +427,35 @@ class SplitStem(nn.Module):
     def largest_map(self):
         return self.stem_size
 
+    def prepare(self, dtype):
+        self.cast = _Cast(dtype, net=self.net)
+
     def shared(self, canvas):
         return {"stem": self.stem.layer(canvas)}
 
     def forward(self, images, shared):
-        self.stem.shared = shared["stem"]
+        net = _layers_for(images, self).net
+        stem = net.get_submodule(self.stem_name)
+        stem.shared = shared["stem"]
         try:
-            return self.net(F.pad(images, self.margins))
+            return net(F.pad(images, self.margins))
         finally:
-            self.stem.shared = None
+            stem.shared = None
+
+
+class _Cast(nn.Module):
+    """Layers with their weights cast once for passes under autocast to ``dtype``."""
+
+    def __init__(self, dtype, **layers):
+        super().__init__()
+        self.dtype = dtype
+        for name, layer in layers.items():
+            self.add_module(name, None if layer is None else cast_weights(layer, dtype))
+
+
+def _layers_for(images, core):
+    """What holds the layers of a pass: the core itself, or what it cast where autocast asks for that."""
+    return core if core.cast is None or autocast_dtype(images) != core.cast.dtype else core.cast
 
 
 class _SharedStem(nn.Module):

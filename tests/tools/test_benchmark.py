@@ -1,6 +1,8 @@
 """The benchmarks through their command lines, at sizes that show that they run and agree, not how fast."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,52 +10,86 @@ import torch
 from models import SWITCHES
 from tools import benchmark, benchmark_mapping
 
+SMALL = [
+    "--case",
+    "resnet18-32",
+    "--train",
+    "8",
+    "--test",
+    "4",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "1",
+    "--device",
+    "cpu",
+]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
 
 def test_contenders_agree_and_every_row_adds_up(tmp_path, capsys):
-    benchmark.main(
-        [
-            "--case",
-            "resnet18-32",
-            "--train",
-            "8",
-            "--test",
-            "4",
-            "--batch-size",
-            "4",
-            "--epochs",
-            "1",
-            "--device",
-            "cpu",
-            "--json",
-            str(tmp_path / "figures.json"),
-        ]
-    )
-    report = json.loads((tmp_path / "figures.json").read_text())
-    (case,) = report["cases"]
-    assert case["images"] == [8, 4] and max(case["agreement"].values()) <= 1e-4
-    assert [row["contender"] for row in case["rows"]] == ["plain", "train_vm", "train_vm_fast"]
-    plain, ours, fast = case["rows"]
-    for row in case["rows"]:
+    path = tmp_path / "figures.jsonl"
+    benchmark.main([*SMALL, "--device", "cpu", "--precision", "fp32", "bf16", "--json", str(path)])
+    machine, *rows = map(json.loads, path.read_text().splitlines())
+    assert machine["device"] == "cpu" and set(machine["matrix_product_gflops"]) == {"fp32", "bf16"}
+    assert [row["loop"] for row in rows] == [
+        "plain", "train_vm", "train_vm_fast", "train_vm, bf16", "train_vm_fast, bf16",
+    ]  # fmt: skip
+    plain, ours, fast, half, _ = rows
+    for row in rows:
+        assert row["images"] == [8, 4] and row["batch_size"] == 4
         assert row["epoch"] == pytest.approx(row["estimate"] + row["train"] + row["test"], abs=0.01)
         assert row["speedup"] == pytest.approx(plain["epoch"] / row["epoch"], rel=0.02, abs=0.01)
+        of_cifar10 = (row["estimate"] + row["train"]) * 50_000 / 8 + row["test"] * 10_000 / 4
+        assert row["cifar10_epoch"] == pytest.approx(of_cifar10, abs=10)
+        assert row["cifar10_200_epochs_minutes"] == pytest.approx(row["cifar10_epoch"] * 200 / 60, abs=0.2)
     assert plain["estimate"] > 0 and ours["estimate"] > 0 and fast["estimate"] == 0
+    assert max(ours["agreement"].values()) <= 2e-3 and 1e-5 < half["agreement"]["loss"] <= 0.1
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 5 and {len(row) for row in table} == {12}
+    assert len(table) == 7 and {len(row) for row in table} == {12}
 
 
-def test_a_wrong_mapping_or_loss_is_not_timed():
-    class Contender:
-        def __init__(self, weights, loss):
-            self.weights, self.loss = weights, loss
+def test_the_networks_tell_images_apart(tmp_path):
+    """Else every mapping is the same, and every loss."""
+    ring = benchmark.Ring(benchmark.parse(SMALL), CPU, {}, tmp_path)
+    classifier = ring._classifier("resnet18-32")
+    loader = benchmark._loader(ring._task(32)[1].train, 32, 8, CPU, "estimate")
+    logits = classifier(benchmark._padding(classifier, 32, CPU)(next(iter(loader.epoch(0))).images))
+    assert len(logits.argmax(1).unique()) > 4
 
-        def epoch(self, epoch):
-            return {"estimate": 1}
 
-    plain = Contender(torch.zeros(2), 1.0)
-    assert benchmark.check_agreement(plain, Contender(torch.zeros(2), 1.00005))["loss"] == pytest.approx(5e-5, rel=1e-3)
-    for other in (Contender(torch.full((2,), 2e-4), 1.0), Contender(torch.zeros(2), 1.0002)):
-        with pytest.raises(ValueError, match="disagree"):
-            benchmark.check_agreement(plain, other)
+class Contender:
+    """Takes no time."""
+
+    description, loss, weights = "stand-in", 1.0, torch.zeros(2)
+
+    def __init__(self, *setting):
+        self.epochs = []
+
+    def arithmetic(self):
+        return nullcontext()
+
+    def train(self, epoch):
+        self.epochs.append(epoch)
+
+    def estimate(self, epoch):
+        pass
+
+    test = estimate
+
+
+@pytest.mark.parametrize(
+    "moved, loss, agrees", [(0.001, 1.0001, True), (0.003, 1.0, False), (0.0, 1.003, False), (0.0, float("nan"), False)]
+)
+def test_a_wrong_mapping_or_loss_is_not_timed(moved, loss, agrees):
+    plain, ours = {"weights": torch.tensor([[1.0, 0.5], [0.0, 0.5]]), "loss": 1.0}, Contender()
+    ours.weights, ours.loss = plain["weights"] + torch.tensor([[-moved, -moved], [moved, moved]]), loss
+    if agrees:
+        found = benchmark.check_agreement("ours", plain, ours, benchmark.TOLERANCES["fp32"])
+        assert found == {"mapping": pytest.approx(moved, rel=1e-3), "loss": pytest.approx(loss - 1)}
+    else:
+        with pytest.raises(ValueError, match="ours and the plain loop disagree"):
+            benchmark.check_agreement("ours", plain, ours, benchmark.TOLERANCES["fp32"])
 
 
 def test_mapping_benchmark(capsys):
@@ -83,49 +119,119 @@ def test_bad_input(main, arguments, said, capsys):
     assert caught.value.code == 2 and said in error and error.count("\n") == 1
 
 
-def test_the_whole_but_for_each_part(monkeypatch):
-    made, epochs = {}, []
-
-    class Contender:
-        description = "stand-in"
-
-        def __init__(self, switches, classifier, *rest, **options):
-            made[len(made)] = switches
-            self.weights, self.loss = classifier, 1.0
-
-        def epoch(self, epoch):
-            epochs.append((self, epoch))
-            return dict.fromkeys(benchmark.STEPS, 1.0)
-
-    monkeypatch.setattr(benchmark, "Ours", Contender)
-    monkeypatch.setattr(benchmark, "Plain", lambda folder, *rest: Contender((), *rest))
-    monkeypatch.setattr(benchmark, "check_agreement", lambda *both: [each.epoch(0) for each in both] and {})
-    report = benchmark.measure(
-        benchmark.parse(
-            [
-                "--case",
-                "resnet18-32",
-                "--switches",
-                "--train",
-                "2",
-                "--test",
-                "2",
-                "--epochs",
-                "1",
-            ]
-        )
-    )
-    names = [row["contender"] for row in report["cases"][0]["rows"]]
-    dropped = [name.removeprefix("without ").split(" and ") for name in names[3:-2]]
-    assert [parts[0] for parts in dropped] == list(SWITCHES) and names[-2:] == ["plain path", "torch.compile"]
+def test_the_whole_but_for_each_part():
+    args = benchmark.complete(benchmark.parse(["--switches", "--case", "resnet18-32", "--batch-size", "4"]), CPU)
+    ((case, batch_size, loops),) = benchmark.plan(args, CPU)
+    assert (case, batch_size) == ("resnet18-32", 4) and [loop.name for loop in loops[:3]] == [
+        "plain", "train_vm", "train_vm_fast",
+    ]  # fmt: skip
+    dropped = [loop.name.removeprefix("without ").split(" and ") for loop in loops[3:-2]]
+    assert [parts[0] for parts in dropped] == list(SWITCHES)
     assert [parts for parts in dropped if len(parts) > 1] == [["fused-ops", "winograd"]]
-    assert list(made.values())[3:-2] == [tuple(name for name in SWITCHES if name not in parts) for parts in dropped]
-    for contender in {each for each, _ in epochs}:
-        assert [epoch for each, epoch in epochs if each is contender] == [0, 1], "one to warm up, one that is timed"
+    assert [loop.switches for loop in loops[3:-2]] == [
+        tuple(name for name in SWITCHES if name not in parts) for parts in dropped
+    ]
+    assert [(loop.name, loop.switches, loop.compiled) for loop in loops[-2:]] == [
+        ("plain path", (), False), ("torch.compile", (), True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mapping", ["ilm", "blm"])
-def test_plain_loop_gives_the_other_mappings_too(tmp_path, mapping):
-    arguments = ["--case", "resnet18-32", "--train", "24", "--test", "4", "--batch-size", "12", "--epochs", "1"]
-    report = benchmark.measure(benchmark.parse([*arguments, "--device", "cpu", "--mapping", mapping]))
-    assert report["cases"][0]["agreement"]["mapping"] < 1e-6
+def test_plain_loop_gives_the_other_mappings_too(mapping, capsys):
+    arguments = ["--case", "resnet18-32", "--train", "12", "--test", "2", "--batch-size", "6", "--epochs", "1"]
+    args = benchmark.complete(benchmark.parse([*arguments, "--device", "cpu", "--mapping", mapping]), CPU)
+    _, _, ours, _ = benchmark.measure(args, CPU)
+    assert ours["agreement"]["mapping"] < 1e-6
+
+
+class Ring:
+    """Takes as long as ``seconds`` says by a loop's switches, on a clock of its own."""
+
+    seconds = {None: 20, tuple(SWITCHES): 50, (): 30}
+
+    def __init__(self, *setting):
+        self.now, self.measured = 0, []
+
+    def measure(self, case, batch_size, loops):
+        (loop,) = loops
+        self.measured.append((case, batch_size, loop.name))
+        self.now += self.seconds[loop.switches]
+        if len(self.measured) == 3:
+            raise torch.OutOfMemoryError("CUDA out of\nmemory")
+        return [{"loop": loop.name}]
+
+    def clear(self):
+        pass
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A `Ring` in place of the GPU, and the machine that a report on it begins with."""
+    ring = Ring()
+    monkeypatch.setattr(benchmark, "Ring", lambda *setting: ring)
+    for name in ("matrix_product_gflops", "memory_bandwidth"):
+        monkeypatch.setattr(benchmark, name, lambda *setting: 1.0)
+    monkeypatch.setattr(benchmark, "_machine", lambda device: "a GPU")
+    return ring
+
+
+def gpu_args(*arguments):
+    return benchmark.complete(benchmark.parse(list(arguments)), GPU)
+
+
+def gpu_report(ring, minutes):
+    return benchmark.measure(gpu_args("--minutes", str(minutes)), GPU, clock=lambda: ring.now)
+
+
+@pytest.mark.parametrize("minutes", [4, 9, 60, 300])
+def test_a_gpu_is_measured_until_time_is_over_and_no_row_begins_that_would_end_later(on_a_gpu, minutes):
+    rows = list(gpu_report(on_a_gpu, minutes))[1:]
+    assert len(rows) == len(on_a_gpu.measured) and on_a_gpu.now <= 60 * minutes
+    every = [(case, batch_size, loop.name) for case, batch_size, (loop,) in benchmark.plan(gpu_args(), GPU)]
+    assert on_a_gpu.measured == [row for row in every if row in on_a_gpu.measured]
+    assert on_a_gpu.measured[0] == ("resnet18-32", 256, "published")
+    if minutes == 300:
+        assert on_a_gpu.measured == every and len(every) == 2 * 6 * (1 + 4 * len(benchmark.ENGINES))
+    else:
+        assert on_a_gpu.now > 60 * minutes - 20, "not even the shortest row would have fitted"
+
+
+def test_each_row_is_written_as_it_comes_and_one_that_fails_stops_no_other(on_a_gpu, tmp_path, capsys):
+    path, shown = tmp_path / "rows.jsonl", []
+
+    def watched():
+        for number, entry in enumerate(gpu_report(on_a_gpu, 4)):
+            assert len(path.read_text().splitlines()) == number
+            shown.append(entry)
+            yield entry
+
+    assert benchmark.write(watched(), path) == 1
+    assert list(map(json.loads, path.read_text().splitlines())) == shown
+    assert shown[3] == {
+        "case": "resnet50-32", "title": "ResNet-50, 32x32 in 224", "batch_size": 256, "loop": "published",
+        "error": "OutOfMemoryError: CUDA out of memory",
+    }  # fmt: skip
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(shown) + 3 and "| published: OutOfMemoryError: CUDA out of memory |" in out[6]
+
+
+def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
+    assert benchmark.busy_time([(5, 6), (0, 2), (1, 3), (5, 5.5), (1, 2)]) == 4
+
+    def event(name, start, end, kind=torch.autograd.DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [event("conv", 0, 3e5), event("add", 2e5, 5e5), event("Memcpy HtoD", 6e5, 7e5)]
+    events += [event("relu", 8e5, 9e5), event("cudaLaunchKernel", 0, 1e6, torch.autograd.DeviceType.CPU)]
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
+    monkeypatch.setattr(benchmark.time, "perf_counter", iter([0.0, 2.0]).__next__)
+    found = benchmark.profile(Contender(), num_images=9, batch_size=4, device=CPU)
+    assert found == {"kernels_per_step": 1, "gpu_busy": 0.35}
+
+
+def test_a_step_that_cannot_be_compiled_is_not_timed_in_its_eager_form(tmp_path, monkeypatch):
+    args = benchmark.complete(benchmark.parse(SMALL), CPU)
+    ring = benchmark.Ring(args, CPU, {"fp32": 1.0}, tmp_path)
+    monkeypatch.setattr("tools.training.step.Step._run_compiled", lambda *batch: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="not compiled"):
+        ring.measure("resnet18-32", 4, [benchmark.Loop("compiled", switches=(), compiled=True)])

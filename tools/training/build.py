@@ -18,6 +18,7 @@ from mapping import MAPPINGS, LabelMapping, build_mapping
 from models import REPROGRAMMING, SWITCHES, Classifier, InputVR, build_classifier, build_input_vr, build_network
 from models.clip import load_clip
 from tools.training import distributed
+from tools.training.numerics import choose_precision, half_dtype
 from tools.training.readout import ClipReadout, Readout
 
 SPLITS = ("train", "test")
@@ -225,7 +226,12 @@ def _join(settings, device, classifier, net, input_vr, presets, task, readout, p
         _check_memory(mapping, device)
     classifier, input_vr = classifier.to(device), input_vr.to(device)
     parts = {"auto": list(SWITCHES), "plain": []}
-    network = build_network(net, input_vr, switches=parts.get(settings.engine, settings.engine.split(",")))
+    network = build_network(
+        net,
+        input_vr,
+        switches=parts.get(settings.engine, settings.engine.split(",")),
+        dtype=half_dtype(choose_precision(settings.precision, device)),
+    )
     content = {"class names": task.class_names}
     for split, fingerprint in task.fingerprint.items():
         content[f"{split} images"] = fingerprint[:16]

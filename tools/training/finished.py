@@ -145,12 +145,13 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     now = {
         "device": str(device),
         "results_path": _results_path(folder, kind),
+        "precision": "fp32",  # nothing trains here
         "weights": _find_weights(folder, saved["weights"], weights),
     }
     if data_path is not None:
         now["data_path"] = str(data_path)
     settings = _frozen(saved | now, folder)
-    precision = settings.precision if target.type == "cuda" else "auto"  # tf32 also rounds what is tested
+    precision = saved["precision"] if target.type == "cuda" else "auto"  # tf32 also rounds what is tested
     set_up_arithmetic(target, choose_precision(precision, target), settings.deterministic)
     system = BUILDERS[kind](settings, target, splits, state["class_names"])
     if kind == "vlm" and system.source_names != state["source_names"]:

@@ -124,6 +124,11 @@ def set_up_arithmetic(device, precision, deterministic, threads=0):
         torch.utils.deterministic.fill_uninitialized_memory = False  # none of it is read before it is written
 
 
+def half_dtype(precision):
+    """What a precision autocasts the network to while it trains; float32 for those that do not."""
+    return _AUTOCAST.get(precision, torch.float32)
+
+
 def chunk_size_of(network, device):
     """Images that go through ``network`` at once: as many as run fastest on a CPU, a whole batch on a GPU."""
     return network.batch_size or (PLAIN_CHUNK if device.type == "cpu" else 2**31 - 1)

@@ -5,7 +5,7 @@ The meta device stands in for the GPU. Its tensors have no values, so that whate
 of both devices, which are copies from one to the other. On a GPU the operators are others, and so are their results.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfg import VLMConfig, VMConfig
-from models import SWITCHES
+from models import SWITCHES, PaddingVR, WatermarkingVR, build_classifier, build_network
+from tests.models.fast.test_network import MEAN, STD, Casts
 from tools.training import trainer as training
 from tools.training.build import build_clip, build_vision
 
@@ -101,3 +102,35 @@ def test_no_step_waits_for_the_device_or_mixes_devices(tmp_path, on_the_stand_in
     # what an epoch takes to the device is its order, crops and flips, however many steps it has
     for of_many_steps, of_few_steps in crossings.values():
         assert 1 <= of_many_steps == of_few_steps <= 3
+
+
+@pytest.mark.parametrize("vr", [PaddingVR, WatermarkingVR])
+def test_a_network_in_half_precision_neither_waits_nor_casts_its_weights(monkeypatch, vr):
+    """Convolutions alone, whose types follow without autocast from those of their weights."""
+    classifier = build_classifier("resnet18", "none", canvas_size=64)
+    input_vr = vr(64, 24, MEAN, STD)
+    network = build_network(classifier, input_vr, dtype=torch.bfloat16).to(STAND_IN)
+    types = [None]
+
+    @contextmanager
+    def autocast(device, dtype=None, enabled=True):  # torch's own does not know the meta device
+        types.append(dtype if enabled else None)
+        yield
+        types.pop()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: types[-1] is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: types[-1])
+    images = torch.empty(8, 3, input_vr.image_size, input_vr.image_size, device=STAND_IN)
+    with Crossings() as crossed, Casts([network]) as casts, network.accumulate():
+        with autocast("meta", torch.bfloat16):
+            logits = network(images)
+        logits.float().sum().backward()
+    assert logits.dtype == torch.bfloat16 and input_vr.program.grad.dtype == torch.float32
+    assert not crossed.count and not casts.seen
+
+
+def test_a_run_in_half_precision_has_its_weights_cast_beforehand(tmp_path):
+    options = {"dataset": "synthetic", "weights": "none", "canvas_size": 64, "results_path": str(tmp_path)}
+    system = build_vision(VMConfig.of(**options, backbone="resnet18", precision="bf16"), torch.device("cpu"))
+    assert system.network.core.cast.dtype == torch.bfloat16
