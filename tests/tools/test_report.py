@@ -242,13 +242,19 @@ def test_settings_that_are_not_distinct_do_not_part_runs(results, capsys):
     assert ours[4] == "29.5 ± 3.9" and ours[7] == "1–4"
 
 
-def test_seeds_that_draw_their_training_images_are_averaged(tmp_path, capsys):
+def test_seeds_that_draw_their_images_are_averaged(tmp_path, capsys):
     for seed in range(3):
         make_run(tmp_path, 0.2 + 0.02 * seed, seed=seed, shots=4, data=f"drawn with {seed}")
         make_run(tmp_path, 0.4, seed=seed, mapping="blm", shots=4, data="1", test_data=f"{seed}")
     lines = [line for line in rows(run(capsys, tmp_path, "--format", "markdown").out)[2:] if line[3] != "published"]
     cells = sorted(line[5] for line in lines)
     assert cells == ["22.0 ± 2.0", "–", "–"]  # other test images are another row
+    for seed in range(3):
+        drawn = {"data": f"{seed}", "test_data": f"{seed}"}
+        make_run(tmp_path / "split", 0.2 + 0.02 * seed, seed=seed, test_fraction=0.5, **drawn)
+    (line,) = [
+        line for line in rows(run(capsys, tmp_path / "split", "--format", "markdown").out)[2:] if "22.0 ± 2.0" in line
+    ]
 
 
 def change_config(folder, **changes):

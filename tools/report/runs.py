@@ -127,8 +127,8 @@ def _checked(parts, place):
     _check_settings(config, place)
     settings, distinct = config["settings"], config["distinct"]
     content = {name: value if type(value) is str else _digest(value) for name, value in config["content"].items()}
-    # where the seed draws them, training images differ from seed to seed and are no reason not to average
-    drawn = ("train images", "validation images") if _DRAWING & distinct.keys() else ()
+    # where the seed draws them, images differ from seed to seed and are no reason not to average
+    drawn = {f"{split} images" for setting in _DRAWING.keys() & distinct.keys() for split in _DRAWING[setting]}
     words = ", ".join(_words(key, distinct[key]) for key in sorted(distinct.keys() - {*NAMES, "seed", "epochs"}))
     row = Row(
         *(printable(settings[key]) for key in NAMES[:3]),
@@ -169,7 +169,8 @@ def _checked(parts, place):
     )
 
 
-_DRAWING = {"shots", "train_fraction", "validation_fraction", "test_fraction"}  # with which the seed draws images
+_DRAWING = dict.fromkeys(("shots", "train_fraction", "validation_fraction"), ("train", "validation"))
+_DRAWING["test_fraction"] = ("train", "validation", "test")
 _OF_A_START = ("git_commit", "versions", "device", "threads")
 
 
