@@ -33,8 +33,11 @@ GIVEN = (
 
 
 def figures(text):
-    """The numbers of a page that look like results: with decimals, with a unit, or alone in a cell of a table."""
-    text = re.sub(r"```(?:bash|python|bibtex)\n.*?```|<[^>]*>|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
+    """The numbers of a page that look like results: with decimals, with a unit, or alone in a cell of a table.
+
+    Blocks of ``text`` are what the Python above them prints, compared by the guides' own test.
+    """
+    text = re.sub(r"```(?:bash|python|bibtex|text)\n.*?```|<[^>]*>|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*`", " ", text.replace("```", ""))
     for given in GIVEN:
         text = re.sub(given, " ", text)
