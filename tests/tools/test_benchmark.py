@@ -229,6 +229,17 @@ def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
     assert found == {"kernels_per_step": 1, "gpu_busy": 0.35}
 
 
+def test_the_memory_of_a_captured_graph_counts(tmp_path, monkeypatch):
+    """It is taken in the epoch before those that are timed, which find it there."""
+    contender = Contender()
+    peak = SimpleNamespace(mebibytes=lambda: 10 if contender.epochs[-1] else 900)
+    monkeypatch.setattr(benchmark, "PeakMemory", lambda device: peak)
+    monkeypatch.setattr(benchmark, "Ours", lambda *setting: contender)
+    ring = benchmark.Ring(benchmark.complete(benchmark.parse(SMALL), CPU), CPU, {"fp32": 1.0}, tmp_path)
+    loops = [benchmark.Loop("eager"), benchmark.Loop("compiled", compiled=True)]
+    assert [row["peak_mib"] for row in ring.measure("resnet18-32", 4, loops)] == [10, 900]
+
+
 def test_a_step_that_cannot_be_compiled_is_not_timed_in_its_eager_form(tmp_path, monkeypatch):
     args = benchmark.complete(benchmark.parse(SMALL), CPU)
     ring = benchmark.Ring(args, CPU, {"fp32": 1.0}, tmp_path)
