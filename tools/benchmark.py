@@ -133,7 +133,7 @@ def parse(argv):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda where there is one (auto)")
     parser.add_argument("--json", metavar="FILE", help="also write a line there for the machine and for each row")
     args = parser.parse_args(argv)
-    for option in ("train", "test", "epochs"):
+    for option in ("train", "test", "epochs", "minutes"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"--{option} must be 1 or more, got {getattr(args, option)}")
     if min(args.batch_size or [1]) < 1:

@@ -104,6 +104,7 @@ def test_mapping_benchmark(capsys):
     [
         (benchmark.main, ["--case", "resnet"], "invalid choice: 'resnet'"),
         (benchmark.main, ["--train", "0"], "--train must be 1 or more, got 0"),
+        (benchmark.main, ["--minutes", "-1"], "--minutes must be 1 or more, got -1.0"),
         (benchmark.main, ["--device", "gpu"], "allowed are cpu, cuda"),
         (benchmark.main, ["--json", "/proc/version/figures.json"], "choose another --json"),
         (benchmark_mapping.main, ["--device", "gpu"], "allowed are cpu, cuda"),
