@@ -23,6 +23,9 @@ _NEVER = -1e30  # bias of a label that lda has no sample of
 class LabelMapping(nn.Module):
     """Turns S pretrained logits into T downstream logits. Made by `build_mapping`.
 
+    A kind of mapping keeps what its ``forward`` reads, and `refresh` or training change, in parameters and buffers: a
+    compiled training step takes all else as constant.
+
     Attributes
     ----------
     name : str

@@ -104,6 +104,7 @@ def test_mapping_benchmark(capsys):
     [
         (benchmark.main, ["--case", "resnet"], "invalid choice: 'resnet'"),
         (benchmark.main, ["--train", "0"], "--train must be 1 or more, got 0"),
+        (benchmark.main, ["--minutes", "-1"], "--minutes must be 1 or more, got -1.0"),
         (benchmark.main, ["--device", "gpu"], "allowed are cpu, cuda"),
         (benchmark.main, ["--json", "/proc/version/figures.json"], "choose another --json"),
         (benchmark_mapping.main, ["--device", "gpu"], "allowed are cpu, cuda"),
@@ -227,6 +228,17 @@ def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
     monkeypatch.setattr(benchmark.time, "perf_counter", iter([0.0, 2.0]).__next__)
     found = benchmark.profile(Contender(), num_images=9, batch_size=4, device=CPU)
     assert found == {"kernels_per_step": 1, "gpu_busy": 0.35}
+
+
+def test_the_memory_of_a_captured_graph_counts(tmp_path, monkeypatch):
+    """It is taken in the epoch before those that are timed, which find it there."""
+    contender = Contender()
+    peak = SimpleNamespace(mebibytes=lambda: 10 if contender.epochs[-1] else 900)
+    monkeypatch.setattr(benchmark, "PeakMemory", lambda device: peak)
+    monkeypatch.setattr(benchmark, "Ours", lambda *setting: contender)
+    ring = benchmark.Ring(benchmark.complete(benchmark.parse(SMALL), CPU), CPU, {"fp32": 1.0}, tmp_path)
+    loops = [benchmark.Loop("eager"), benchmark.Loop("compiled", compiled=True)]
+    assert [row["peak_mib"] for row in ring.measure("resnet18-32", 4, loops)] == [10, 900]
 
 
 def test_a_step_that_cannot_be_compiled_is_not_timed_in_its_eager_form(tmp_path, monkeypatch):

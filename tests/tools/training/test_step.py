@@ -165,6 +165,36 @@ def test_what_cannot_be_compiled_runs_eagerly(compiler, reason, monkeypatch, as_
     assert compiled.program.equal(eager.program) and compiled.mapping.weights.equal(eager.mapping.weights)
 
 
+def test_passes_are_held_to_float32_whatever_trains(monkeypatch, as_on_a_gpu):
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: lambda *inputs: [1.01 * y for y in graph(*inputs)])
+    said = []
+    small_trainer("vision", COMPILED, precision="bf16", log=said.append).estimate(0)
+    assert said == ["not compiled (ArithmeticError: other results than the eager step's): same results, slower"]
+
+
+def test_a_mapping_may_have_its_tensors_later_and_others_each_time(recorded):
+    """As one of a user's own may register an empty buffer, and fill it in `refresh`."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centres", None)
+
+        def forward(self, outputs):
+            return outputs[:, :T] if self.centres is None else -torch.cdist(outputs, self.centres)[:, :T]
+
+    trainer = small_trainer("vision", COMPILED)
+    mapping = Centred()
+    mapping.num_source = S
+    step = Step(trainer.network, Readout(mapping), [trainer.program], "fp32", CPU, compiled=True)
+    images, labels, count = torch.rand(8, 3, 8, 8), torch.arange(8) % T, torch.tensor(8.0)
+    for centres in (None, torch.randn(T, S), torch.randn(T, S), torch.randn(T + 2, S)):
+        mapping.centres = centres
+        for one, other in zip(step.run(8, images, labels, count), step(images, labels, count), strict=True):
+            torch.testing.assert_close(one, other)
+    assert step.compiled and len(step._graphs) == 3
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)])
 @pytest.mark.parametrize("waits", [True, False])
 def test_what_a_step_changes_stays_in_its_place(optimizer, waits):
