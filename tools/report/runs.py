@@ -49,7 +49,7 @@ class Run:
     mapping : str
     seed : int
     settings : dict
-        All of them; of a record those of every name and those in ``distinct``.
+        All of them, files without their folders; of a record those of every name.
     distinct : dict
         Those that bear on the result and differ from the recipe.
     machines : frozenset of (str, int or None)
@@ -125,7 +125,10 @@ def _checked(parts, place):
     """The `Run` of the parts of a run folder or of a line in a record."""
     config, metrics = parts["config"], _check_metrics(parts["metrics"], place)
     _check_settings(config, place)
-    settings, distinct = config["settings"], config["distinct"]
+    # content tells apart what lies in folders of the same name
+    settings, distinct = (
+        {key: _without_folder(key, value) for key, value in config[part].items()} for part in ("settings", "distinct")
+    )
     content = {name: value if type(value) is str else _digest(value) for name, value in config["content"].items()}
     # where the seed draws them, images differ from seed to seed and are no reason not to average
     drawn = {f"{split} images" for setting in _DRAWING.keys() & distinct.keys() for split in _DRAWING[setting]}
@@ -142,8 +145,7 @@ def _checked(parts, place):
         outcome = _object(parts["result"], place)
         result = _fraction(outcome, "final_accuracy", place), _fraction(outcome, "best_accuracy", place)
     kept = {"format": config["format"], "kind": config["kind"], "content": content}
-    kept["settings"] = {key: _without_folder(key, settings[key]) for key in (*NAMES, "seed", "epochs")}
-    kept["distinct"] = {key: _without_folder(key, value) for key, value in distinct.items()}
+    kept |= {"settings": {key: settings[key] for key in (*NAMES, "seed", "epochs")}, "distinct": distinct}
     kept["starts"] = [{key: start.get(key) for key in _OF_A_START} for start in config["starts"]]
     recorded = {"config": kept, "metrics": metrics}
     if result is not None:
