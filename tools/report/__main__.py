@@ -48,7 +48,9 @@ def main(argv=None):
         help=f"with --columns: the settings that tell rows apart (default: {','.join(USUAL_ROWS)})",
     )
     parser.add_argument(
-        "--baseline", metavar="VALUE", help="with --columns: what the other columns have over this one, with p-values"
+        "--baseline",
+        metavar="VALUE",
+        help="with --columns: what the other columns have over this one, with p-values, and what each takes",
     )
     arguments = parser.parse_args(argv)
     _refuse_what_has_no_effect(arguments)

@@ -66,7 +66,7 @@ def by_mapping(rows):
 
 
 def by_setting(runs, rows, column, baseline=None):
-    """A column per value of a setting; with a baseline, which is one of them, what the others have over it.
+    """A column per value of a setting; with a baseline, which is one of them, what the others have over it, and cost.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def by_setting(runs, rows, column, baseline=None):
     others = [value for value in values if value != baseline] if baseline is not None else []
     added = {value: f"{value}, over {baseline}" for value in others}
     left = [words(name) for name in rows]
-    body = []
+    body, bold = [], []
     for row, cells in table.items():
         line = dict(zip(left, row, strict=True))
         line |= {value: figure(cell.mean, cell.std) for value, cell in cells.items()}
@@ -88,18 +88,22 @@ def by_setting(runs, rows, column, baseline=None):
                 line[added[value]] = _gain(cells[value], cells[baseline])
         line["seeds"] = _range([len(cell.runs) for cell in cells.values()])
         line["seconds per run"] = in_order(_seconds(60 * cells[v].minutes) if v in cells else "–" for v in values)
+        bold.append(best_mappings(cells) if column == "mapping" else ())
         machines = Cell(tuple(run for cell in cells.values() for run in cell.runs)).note
         line["note"] = "; ".join(filter(None, [besides(values, cells, {*rows, column}), machines]))
         body.append(line)
     note = ["note"] * any(line["note"] for line in body)
-    head = [*left, *values, *added.values(), "seeds", "seconds per run", *note]
-    caption = [f"{ACCURACY}. Seconds in the order of the columns."]
+    seconds = ["seconds per run"] * bool(others)  # what the gain costs
+    head = [*left, *values, *added.values(), "seeds", *seconds, *note]
+    caption = [f"{ACCURACY}; {BOLD}." if column == "mapping" else f"{ACCURACY}."]
     if others:
         caption.append(
+            "Seconds in the order of the columns. "
             f"Over {baseline}: difference of the means, p of Welch's t-test over seeds, uncorrected; "
             f"from {SIGNIFICANT} on no difference is shown. p –: a single seed, or the same accuracy with every seed."
         )
-    return Table(head, [[(line.get(name, "–"), False) for name in head] for line in body], [*left, *note], caption)
+    lines = [[(line.get(name, "–"), name in best) for name in head] for line, best in zip(body, bold, strict=True)]
+    return Table(head, lines, [*left, *note], caption)
 
 
 def _gain(cell, baseline):
