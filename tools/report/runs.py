@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tools.console import warn
 from data.files import printable, read_json
+from data.registry import FOLDER_PREFIX
 from mapping import MAPPINGS
 from tools.training.run_folder import check_config, read_config
 
@@ -181,10 +182,11 @@ def _digest(value):
 
 
 def _without_folder(key, value):
-    """A setting without the folders of a file's path, which are of one machine."""
-    if type(value) is not str or key == "backbone":  # whose names may have a slash
+    """A setting without the folders of a file's path, which are of one machine; names may have a slash."""
+    folder = key == "dataset" and str(value).startswith(FOLDER_PREFIX)
+    if type(value) is not str or (key in NAMES and not folder):
         return value
-    return re.sub(r"[^:]*/", "", value.rstrip("/"))
+    return FOLDER_PREFIX * folder + value.rstrip("/").rpartition("/")[2]
 
 
 def _check_settings(config, place):
