@@ -33,8 +33,11 @@ GIVEN = (
 
 
 def figures(text):
-    """The numbers of a page that look like results: with decimals, with a unit, or alone in a cell of a table."""
-    text = re.sub(r"```(?:bash|python|bibtex)\n.*?```|<[^>]*>|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
+    """The numbers of a page that look like results: with decimals, with a unit, or alone in a cell of a table.
+
+    Not those of ``text`` blocks, which are what code prints: tests.system.test_guides prints it again.
+    """
+    text = re.sub(r"```(?:bash|python|bibtex|text)\n.*?```|<[^>]*>|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*`", " ", text.replace("```", ""))
     for given in GIVEN:
         text = re.sub(given, " ", text)
@@ -113,6 +116,9 @@ after 9 to 10 s, 2–3 minutes or 20 GB, ±0.5 [points](https://x.org/2.5), to t
 
 ```bash
 python train.py --lr 0.3
+```
+```text
+0.25
 ```
 
 ```

@@ -183,10 +183,10 @@ def _digest(value):
 
 def _without_folder(key, value):
     """A setting without the folders of a file's path, which are of one machine; names may have a slash."""
-    folder = key == "dataset" and str(value).startswith(FOLDER_PREFIX)
-    if type(value) is not str or (key in NAMES and not folder):
+    prefix = FOLDER_PREFIX if key == "dataset" and str(value).startswith(FOLDER_PREFIX) else ""
+    if type(value) is not str or (key in NAMES and not prefix):
         return value
-    return FOLDER_PREFIX * folder + value.rstrip("/").rpartition("/")[2]
+    return prefix + value.removeprefix(prefix).rstrip("/").rpartition("/")[2]
 
 
 def _check_settings(config, place):
