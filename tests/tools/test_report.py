@@ -703,7 +703,7 @@ def page(browser, results, capsys):
         results,
         0.9,
         mapping="blm",
-        dataset=HOSTILE,
+        dataset=f"photos {HOSTILE}",
         reprogramming="watermarking",
         classes=(HOSTILE, "oxeye daisy"),
         sources=("tench", HOSTILE, "sea urchin", "vase"),
