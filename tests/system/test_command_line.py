@@ -91,7 +91,9 @@ def test_smoke(smoke_runs, script, mapping, reprogramming):
     assert config["settings"]["mapping"] == mapping and config["starts"][0]["versions"]["torch"] == torch.__version__
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in metrics] == list(range(epochs_of(script, mapping)))
-    assert min(m["train_loss"] for m in metrics[1:]) < metrics[0]["train_loss"]
+    losses = [m["train_loss"] for m in metrics]
+    solved = mapping == "lda" and max(losses) < 0.1  # before the first step: its temperature moves the loss either way
+    assert min(losses[1:]) < losses[0] or solved
     assert all(math.isfinite(m["train_loss"]) and m["seconds"]["train"] > 0 for m in metrics)
     result = json.loads((folder / "result.json").read_text())
     accuracies = [m["test_accuracy"] for m in metrics]
@@ -124,8 +126,9 @@ def test_finished_run_is_left_alone(smoke_runs):
     results, _ = smoke_runs
     folder = folder_of("train_vm.py", "blm", "padding", results)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    outcome = smoke("train_vm.py", "blm", "padding", results)
-    assert outcome.returncode == 0 and "is finished" in outcome.stdout and "--overwrite" in outcome.stdout
+    code, _ = smoke("train_vm.py", "blm", "padding", results)
+    said = (results / "train_vm.py_blm_padding.log").read_text().splitlines()[-1]
+    assert code == 0 and "is finished" in said and "--overwrite" in said
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 

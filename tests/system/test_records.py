@@ -35,7 +35,7 @@ GIVEN = (
 def figures(text):
     """The numbers of a page that look like results: with decimals, with a unit, or alone in a cell of a table.
 
-    Not those of ``text`` blocks, which are what code prints: tests.system.test_guides prints it again.
+    Blocks of ``text`` are what the Python above them prints, compared by the guides' own test.
     """
     text = re.sub(r"```(?:bash|python|bibtex|text)\n.*?```|<[^>]*>|(?<=\])\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*`", " ", text.replace("```", ""))
@@ -116,9 +116,6 @@ after 9 to 10 s, 2–3 minutes or 20 GB, ±0.5 [points](https://x.org/2.5), to t
 
 ```bash
 python train.py --lr 0.3
-```
-```text
-0.25
 ```
 
 ```
