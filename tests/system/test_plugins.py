@@ -12,6 +12,7 @@ from data.files import read_json
 from mapping import MAPPINGS, Method, Setting
 from tests.system.processes import finish, start_module
 from tools.training.finished import load_run
+from tools.training.plugins import load_plugin
 from tools.training.run_folder import load_checkpoint, read_config
 
 MAPPING = """
@@ -231,3 +232,16 @@ def test_a_run_folder_starts_no_code(tmp_path, vm_run):
     assert not ran.exists()
     load_run(folder, splits=(), plugin=plugin)
     assert ran.exists()
+
+
+def test_a_plugin_that_was_edited_runs_again_in_the_same_process(tmp_path, monkeypatch):
+    """As in a notebook; a run would else remember the new file beside what the old one did."""
+    monkeypatch.setitem(MAPPINGS, "mine", None)
+    plugin = tmp_path / "mine.py"
+    for entry in ("first", "second one", "second one"):
+        plugin.write_text(f"from mapping import MAPPINGS\nMAPPINGS['mine'] = [{entry!r}]\n")
+        load_plugin(plugin)
+        assert MAPPINGS["mine"] == [entry]
+        found = MAPPINGS["mine"]
+    load_plugin(plugin)
+    assert MAPPINGS["mine"] is found  # once, as long as it is the same

@@ -218,6 +218,17 @@ def test_latex(results, capsys, tmp_path):
     assert {line.count("&") - line.count(r"\&") for line in body.strip().splitlines()} == {9}
 
 
+def test_latex_of_signs_that_text_fonts_lack(tmp_path, capsys):
+    """A minus sign stops pdflatex, and < is printed as ¡."""
+    for seed in range(3):
+        make_run(tmp_path, 0.9 + 1e-4 * seed, seed=seed)
+        make_run(tmp_path, 0.8, seed=seed, mapping="blm")
+    out = run(
+        capsys, tmp_path, "--format", "latex", "--columns", "mapping", "--rows", "dataset", "--baseline", "ilm"
+    ).out
+    assert "$-$10.0 (p $<$ 0.001): a loss" in out
+
+
 @pytest.mark.parametrize(
     "other, shown",
     [
@@ -226,7 +237,7 @@ def test_latex(results, capsys, tmp_path):
         ({"batch_size": 64}, "batch size 64"),
         ({"mapping": "blm", "bayes": False}, "no bayes"),
         ({"a_new_setting": 7}, "a new setting 7"),
-        ({"weights": "/w.pth"}, "weights /w.pth"),
+        ({"weights": "/a/w.pth"}, "weights w.pth"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(results, capsys, other, shown):
@@ -235,6 +246,17 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(results, capsys
     assert len(lines) == 2 and {"28.0 ± 3.0", "40.0"} <= {cell.strip("*") for line in lines for cell in line}
     assert "70.0" in next(line for line in lines if "28.0 ± 3.0" not in line)
     assert sum(shown in line for line in lines) == 1
+
+
+def test_where_the_same_images_lie_does_not_part_runs(tmp_path, capsys):
+    for seed, place in enumerate(("/home/me", "/scratch")):
+        make_run(tmp_path, 0.25, dataset=f"folder:{place}/photos", weights=f"{place}/w.pth", seed=seed)
+    make_run(tmp_path, 0.5, dataset="folder:/else/photos", weights="/w.pth", data="2")
+    found = [[line[0], *line[4:7]] for line in rows(run(capsys, tmp_path, "--format", "markdown").out)[2:]]
+    assert sorted(found) == [
+        ["folder:photos", "weights w.pth", "25.0 ± 0.0", "2"],
+        ["folder:photos", "weights w.pth", "50.0", "1"],
+    ]
 
 
 def test_settings_that_are_not_distinct_do_not_part_runs(results, capsys):
@@ -379,8 +401,7 @@ def test_a_record_is_read_like_the_runs_that_it_was_made_of(results, capsys):
     shown = {}
     for kind in ("markdown", "latex"):
         shown[kind] = [(results.parent / f"{place.name}.{kind}").read_text() for place in (results, record)]
-        shown[kind][0] = shown[kind][0].replace("/home/me/", "")
-        assert "photos" in shown[kind][0]
+        assert "folder:photos" in shown[kind][0] and "/home" not in shown[kind][0]
         first, second = ([line.split() for line in text.splitlines() if "---" not in line] for text in shown[kind])
         assert first == second
     first, second = (page_data(results.parent / f"{place.name}.html") for place in (results, record))
@@ -395,14 +416,21 @@ def test_a_record_is_read_like_the_runs_that_it_was_made_of(results, capsys):
 
 def test_a_damaged_record_never_stops_a_report_over_others(results, capsys):
     good = run(capsys, results, "--format", "record").out.splitlines()
-    damages = ("{", "[]", "{}", good[0].replace('"result"', '"outcome"'), good[0].replace("0.4", "7"))
+    damages = (
+        "{",
+        "[]",
+        "{}",
+        good[0].replace('"format": 2', '"format": NaN'),
+        good[0].replace('"result"', '"outcome"'),
+        good[0].replace("0.4", "7"),
+    )
     for number, damage in enumerate(damages):
         (results / f"record{number}").mkdir()
         (results / f"record{number}" / "runs.jsonl").write_text(damage + "\n")
     outcome = run(capsys, results, "--format", "markdown")
     assert rows(outcome.out)[2][4] == "28.0 ± 3.0"
     warnings = outcome.err.splitlines()
-    assert len(warnings) == 5 and all(line.startswith("warning: left out: ") for line in warnings), warnings
+    assert len(warnings) == 6 and all(line.startswith("warning: left out: ") for line in warnings), warnings
 
 
 # ---- columns of one setting ----
@@ -675,7 +703,7 @@ def page(browser, results, capsys):
         results,
         0.9,
         mapping="blm",
-        dataset=f"folder:/{HOSTILE}",
+        dataset=f"photos {HOSTILE}",
         reprogramming="watermarking",
         classes=(HOSTILE, "oxeye daisy"),
         sources=("tench", HOSTILE, "sea urchin", "vase"),

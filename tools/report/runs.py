@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tools.console import warn
 from data.files import printable, read_json
+from data.registry import FOLDER_PREFIX
 from mapping import MAPPINGS
 from tools.training.run_folder import check_config, read_config
 
@@ -49,7 +50,7 @@ class Run:
     mapping : str
     seed : int
     settings : dict
-        All of them; of a record those of every name and those in ``distinct``.
+        All of them, files without their folders; of a record those of every name.
     distinct : dict
         Those that bear on the result and differ from the recipe.
     machines : frozenset of (str, int or None)
@@ -125,7 +126,10 @@ def _checked(parts, place):
     """The `Run` of the parts of a run folder or of a line in a record."""
     config, metrics = parts["config"], _check_metrics(parts["metrics"], place)
     _check_settings(config, place)
-    settings, distinct = config["settings"], config["distinct"]
+    # content tells apart what lies in folders of the same name
+    settings, distinct = (
+        {key: _without_folder(key, value) for key, value in config[part].items()} for part in ("settings", "distinct")
+    )
     content = {name: value if type(value) is str else _digest(value) for name, value in config["content"].items()}
     # where the seed draws them, images differ from seed to seed and are no reason not to average
     drawn = {f"{split} images" for setting in _DRAWING.keys() & distinct.keys() for split in _DRAWING[setting]}
@@ -142,8 +146,7 @@ def _checked(parts, place):
         outcome = _object(parts["result"], place)
         result = _fraction(outcome, "final_accuracy", place), _fraction(outcome, "best_accuracy", place)
     kept = {"format": config["format"], "kind": config["kind"], "content": content}
-    kept["settings"] = {key: _without_folder(key, settings[key]) for key in (*NAMES, "seed", "epochs")}
-    kept["distinct"] = {key: _without_folder(key, value) for key, value in distinct.items()}
+    kept |= {"settings": {key: settings[key] for key in (*NAMES, "seed", "epochs")}, "distinct": distinct}
     kept["starts"] = [{key: start.get(key) for key in _OF_A_START} for start in config["starts"]]
     recorded = {"config": kept, "metrics": metrics}
     if result is not None:
@@ -179,10 +182,11 @@ def _digest(value):
 
 
 def _without_folder(key, value):
-    """A setting without the folders of a file's path, which are of one machine."""
-    if type(value) is not str or key == "backbone":  # whose names may have a slash
+    """A setting without the folders of a file's path, which are of one machine; names may have a slash."""
+    prefix = FOLDER_PREFIX if key == "dataset" and str(value).startswith(FOLDER_PREFIX) else ""
+    if type(value) is not str or (key in NAMES and not prefix):
         return value
-    return re.sub(r"[^:]*/", "", value.rstrip("/"))
+    return prefix + value.removeprefix(prefix).rstrip("/").rpartition("/")[2]
 
 
 def _check_settings(config, place):

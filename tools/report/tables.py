@@ -184,7 +184,9 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
     "–": "--",
+    "−": "$-$",
     "×": r"$\times$",
+    **{c: f"${c}$" for c in "<>|"},  # other characters in TeX's own fonts
     **{c: "\\" + c for c in "&%$#_{}"},
 }
 

@@ -16,7 +16,7 @@ HELP = "the Python file of your own that the run was trained with"
 
 
 def load_plugin(path):
-    """Run a plugin, once per process.
+    """Run a plugin; again in the same process where its file has changed, as in a notebook.
 
     Raises
     ------
@@ -25,14 +25,16 @@ def load_plugin(path):
     """
     path = Path(os.path.realpath(path))  # never fails, as resolve() does where links form a loop
     name = f"plugin {path}"
-    if name in sys.modules:
-        return
     if not path.is_file():
         raise FileNotFoundError(f"--plugin {path}: no such file")
+    content = plugin_fingerprint(path)
+    if getattr(sys.modules.get(name), "content_when_run", None) == content:
+        return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise ValueError(f"--plugin {path}: expected a Python file, with the suffix .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module.content_when_run = content
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a user's code raises

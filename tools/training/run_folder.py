@@ -391,7 +391,8 @@ def check_config(config, path):
         version = "an older" if number < FORMAT else "a newer"
         raise ValueError(f"{path} is of {version} version of this project (format {number}, expected {FORMAT})")
     whole = (
-        isinstance(config.get("kind"), str)
+        number == FORMAT
+        and isinstance(config.get("kind"), str)
         and all(isinstance(config.get(key), dict) for key in ("settings", "distinct", "content"))
         and isinstance(config.get("starts"), list)
         and config["starts"]
