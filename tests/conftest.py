@@ -10,6 +10,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that share the cores take one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+TINY = ["--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64"]  # random weights, no download
 SHARED = ["--dataset", "synthetic", "--epochs", "3", "--batch-size", "24"]
 BACKBONES = {
     "train_vm": ["--backbone", "efficientnet_lite0", "--canvas-size", "64"],
@@ -41,7 +42,7 @@ def vlm_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def linear_run(tmp_path_factory):
     """A tiny random network, watermarking, the learned mapping with its bias, trained in bf16."""
-    more = ["--backbone", "timm:test_resnet", "--weights", "none", "--canvas-size", "64", "--precision", "bf16"]
+    more = [*TINY, "--precision", "bf16"]
     return train(
         "train_vm", tmp_path_factory.mktemp("linear"), "--mapping", "linear", "--reprogramming", "watermarking", *more
     )

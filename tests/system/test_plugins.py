@@ -10,6 +10,7 @@ from PIL import Image
 import train_vm
 from data.files import read_json
 from mapping import MAPPINGS, Method, Setting
+from tests.conftest import TINY
 from tests.system.processes import finish, start_module
 from tools.training.finished import load_run
 from tools.training.plugins import load_plugin
@@ -103,12 +104,7 @@ PARTS = {
 COMMON = [
     "--dataset",
     "synthetic",
-    "--backbone",
-    "timm:test_resnet",
-    "--weights",
-    "none",
-    "--canvas-size",
-    "64",
+    *TINY,
     "--epochs",
     "3",
     "--batch-size",

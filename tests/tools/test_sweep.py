@@ -17,18 +17,14 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from tests.conftest import TINY
 from tools import check_data, prepare_data
 from tools.sweep import __main__ as sweep
 from tools.sweep import cells, display, jobs, runner, slurm
 
 GRIDS = sorted((Path(__file__).parents[2] / "tools" / "sweep" / "grids").glob("*.yaml"))
 SMALL = [
-    "--backbone",
-    "timm:test_resnet",
-    "--weights",
-    "none",
-    "--canvas-size",
-    "64",
+    *TINY,
     "--epochs",
     "2",
     "--batch-size",

@@ -37,15 +37,14 @@ def trainer(tmp_path, mapping="blmpp", engine=ALL, reprogramming="padding", seed
     # At 0 the whole canvas around the image is one grey, for which this network has a ReLU6 whose input, 4e-7, is
     # within rounding of its kink: either side of it is right, and Adam's first step doubles the difference.
     torch.nn.init.normal_(system.input_vr.program, std=0.1, generator=torch.Generator().manual_seed(seed))
-    return Trainer(
-        system.network,
-        system.input_vr.program,
-        system.mapping,
-        system.loaders(24, seed),
-        torch.optim.Adam([system.input_vr.program], lr=0.01),
-        "steps",
-        epochs,
-    )
+    return trainer_of(system, 24, seed, epochs)
+
+
+def trainer_of(system, batch_size, seed, epochs):
+    """The trainer of a vision model under the published recipe."""
+    program = system.input_vr.program
+    adam, loaders = torch.optim.Adam([program], lr=0.01), system.loaders(batch_size, seed)
+    return Trainer(system.network, program, system.mapping, loaders, adam, "steps", epochs)
 
 
 @pytest.mark.parametrize("mapping, reprogramming", [("ilm", "padding"), ("blmpp", "padding"), ("blm", "watermarking")])
@@ -272,16 +271,7 @@ def test_fast_path_trains_as_well_as_the_plain_path(tmp_path):
                 batch_size=16,
                 engine=engine,
             )
-            system = build_vision(settings, CPU)
-            run = Trainer(
-                system.network,
-                system.input_vr.program,
-                system.mapping,
-                system.loaders(16, seed),
-                torch.optim.Adam([system.input_vr.program], lr=0.01),
-                "steps",
-                8,
-            )
+            run = trainer_of(build_vision(settings, CPU), 16, seed, 8)
             for epoch in range(8):
                 run.estimate(epoch)
                 trained = run.train(epoch)
