@@ -23,8 +23,8 @@ _NEVER = -1e30  # bias of a label that lda has no sample of
 class LabelMapping(nn.Module):
     """Turns S pretrained logits into T downstream logits. Made by `build_mapping`.
 
-    A kind of mapping keeps what its ``forward`` reads, and `refresh` or training change, in parameters and buffers: a
-    compiled training step takes all else as constant.
+    A kind of mapping keeps what its ``forward`` reads, and `refresh` or training change, in parameters and buffers, and
+    changes them in place: a compiled training step takes all else as constant.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class LabelMapping(nn.Module):
 
     @property
     def weights(self):
-        """The mapping as a matrix, (S, T) float32 without gradient; not to be written to."""
+        """The mapping as a matrix, (S, T) float32 without gradient; not to be written to, and `refresh` changes it."""
         raise AssertionError("each kind of mapping has its own")
 
     @property
@@ -253,7 +253,7 @@ class OneToOneMapping(LabelMapping):
         return logits.index_select(1, self._index).float()
 
     def _estimate(self, table):
-        self._index = one_to_one(table).to(self._index.device)
+        self._index.copy_(one_to_one(table))
 
 
 class MatrixMapping(LabelMapping):
@@ -291,10 +291,7 @@ class MatrixMapping(LabelMapping):
         return _float32_product(logits, self._weights)
 
     def _estimate(self, table):
-        # The old weights go first, to make room. Whoever still holds them keeps them as they were.
-        self.ready, device = False, self._weights.device
-        self._weights = self._weights.new_empty(0)
-        self._weights = self.estimator(table).to(device)
+        self._weights.copy_(self.estimator(table))
 
 
 class LdaMapping(LabelMapping):
@@ -390,11 +387,11 @@ class LdaMapping(LabelMapping):
         # large weights are those that matter, and float32 loses no digits to it.
         weights, bias = weights - weights.mean(1, keepdim=True), bias - bias.mean()
         # Finite, and below what any logit brings: infinity would turn differences of biases into NaN.
-        self._weights = torch.full_like(self._weights, 1 / self.num_source)
-        self._bias = torch.full_like(self._bias, _NEVER)
+        self._weights.fill_(1 / self.num_source)
+        self._bias.fill_(_NEVER)
         seen = seen.to(self._bias.device)
         self._weights[:, seen], self._bias[seen] = weights.to(self._weights), bias.to(self._bias)
-        self._chosen = self._chosen.new_tensor(chosen)
+        self._chosen.copy_(torch.tensor(chosen, dtype=torch.float64))
 
 
 class LinearMapping(LabelMapping):

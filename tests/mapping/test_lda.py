@@ -437,7 +437,7 @@ def test_means_far_from_zero_leave_no_direction_behind():
 def test_logits_that_are_not_finite(value):
     logits, labels = task(0)
     mapping = estimated(logits, labels, 5)
-    before = mapping.weights
+    before = mapping.weights.clone()
     bad = logits.clone()
     bad[3, 2] = value
     mapping.observe(bad, labels)

@@ -360,7 +360,7 @@ def test_too_few_pretrained_labels_for_one_to_one(name):
 def test_logits_that_are_not_finite(name, value):
     counts = [[2, 0], [0, 3], [0, 0]]
     mapping = estimated(name, counts)
-    before = mapping.weights
+    before = mapping.weights.clone()
     logits, labels = samples_of(counts)
     bad = logits.clone()
     bad[1, 2] = value
@@ -423,14 +423,24 @@ def test_use_before_estimation_is_a_bug(name):
 # The mapping as a module
 
 
-def test_refresh_clears_the_statistics_and_leaves_earlier_weights_alone():
+def test_refresh_clears_the_statistics():
     mapping = estimated("blm", [[3, 0], [0, 2], [0, 0]])
-    before = mapping.weights
     mapping.observe(*samples_of([[0, 0], [0, 1], [1, 0]]))
-    assert mapping.weights is before
+    assert mapping.weights.tolist() == [[1, 0], [0, 1], [0, 0]]
     mapping.refresh()
-    assert before.tolist() == [[1, 0], [0, 1], [0, 0]]
     assert mapping.weights.tolist() == [[0, 0], [0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_what_forward_reads_stays_in_its_place(name):
+    """A compiled training step may have noted where ω lies."""
+    mapping, other = (build_mapping(name, 12, 5) for _ in range(2))
+    places = [tensor.data_ptr() for tensor in (*mapping.parameters(), *mapping.buffers())]
+    for seed in range(2):
+        mapping.observe(*random_batch(200, 12, 5, seed))
+        mapping.refresh()
+    mapping.load_state_dict(other.state_dict())
+    assert places == [tensor.data_ptr() for tensor in (*mapping.parameters(), *mapping.buffers())]
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -602,7 +612,7 @@ def peak_megabytes(num_samples, path):
 
 def test_peak_memory_does_not_grow_with_the_samples(tmp_path):
     few, many = (peak_megabytes(n, tmp_path / f"{n}.json") for n in (2_000, 20_000))
-    assert 150 < few < 200
+    assert 200 < few < 250
     assert many == pytest.approx(few, rel=0.05)
 
 
@@ -621,7 +631,7 @@ def estimate_on_a_rank(rank, address, folder):
             mapping.observe(logits[share], labels[share])
             mapping.all_reduce_statistics()
             mapping.refresh()
-            weights[layout, name] = mapping.weights
+            weights[layout, name] = mapping.weights.clone()
             mapping.observe(logits[nothing if rank else ...], labels[nothing if rank else ...])
             mapping.all_reduce_statistics()
             mapping.refresh()

@@ -226,10 +226,9 @@ class Session:
         self.log(f"{head}test {tested.accuracy:.2%}{shown}{self.mapping.note}, {sum(seconds.values()):.1f} s")
 
     def _weights(self):
-        """ω to compare with the next one; estimated mappings make a new tensor each time, a learned one does not."""
-        if self.mapping.source_index is not None:
-            return self.mapping.source_index
-        return self.mapping.weights.clone() if self.mapping.trainable else self.mapping.weights
+        """ω to compare with the next one."""
+        index = self.mapping.source_index
+        return (self.mapping.weights if index is None else index).clone()
 
     def finish(self):
         """Write ``result.json`` and say what came out; a dict of what it holds."""

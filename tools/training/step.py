@@ -121,8 +121,8 @@ class Step(nn.Module):
         batch = [functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images]
         if labels is not None:
             batch += [functional.pad(labels, (0, missing), value=IGNORED), count]
-        # θ, ω and what else changes between steps, wherever it lies: a CUDA graph copies its inputs. All other tensors
-        # are constants of the graph.
+        # θ, ω and what else changes between steps, in its place or, a user's own ω, in another: a CUDA graph copies its
+        # inputs. All other tensors are constants of the graph.
         changing = {name: attrgetter(name)(self).detach() for name in self._changing()}
         inputs = *changing.values(), *batch
         with torch.no_grad():

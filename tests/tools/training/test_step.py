@@ -200,7 +200,7 @@ def test_a_mapping_may_have_its_tensors_later_and_others_each_time(recorded):
 def test_what_a_step_changes_stays_in_its_place(optimizer, waits):
     def places(trainer):
         (optimizer,) = trainer.optimizers
-        tensors = [*trainer.readout.buffers(recurse=False), trainer.program, *optimizer.state[trainer.program].values()]
+        tensors = [*trainer.readout.buffers(), trainer.program, *optimizer.state[trainer.program].values()]
         return [tensor.data_ptr() for tensor in [*tensors, optimizer.param_groups[0]["lr"]]]
 
     trainer, other = (small_trainer("clip", Plan(waits=waits), optimizer) for _ in range(2))
