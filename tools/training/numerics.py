@@ -111,12 +111,18 @@ def plan_for(device, engine="plain", images=0, processes=1):
 
 def set_up_arithmetic(device, precision, deterministic, threads=0):
     """Set what torch keeps for the whole process: the GPU in use, TF32 or not, algorithms that repeat their bits, and
-    the number of threads of a CPU's arithmetic (0: as it is)."""
+    the number of threads of a CPU's arithmetic (0: as it is).
+
+    Mapping, loss and statistics are float32 or wider at all times, and so are the passes that estimate and test, but
+    for their convolutions on a GPU: these round their factors to TF32 unless the precision is fp32, as published code
+    does by torch's own default. ``tf32`` rounds the factors of every other matrix product of the process as well.
+    """
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a workspace

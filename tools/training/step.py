@@ -23,8 +23,8 @@ class Step(nn.Module):
     images at a time. Where `compiled`, it is recorded as one graph of operations, with θ and ω among its inputs, which
     torch.compile turns into few kernels and, on a GPU, into a CUDA graph that is launched as a whole. Such a graph has
     one size of batch: shorter batches are filled up with rows that count for nothing. Where recording, compiling or
-    capturing fails, memory is short, or the graph's results differ from the eager step's, the eager step goes on, and
-    ``log`` is told why.
+    capturing fails, memory is short, or the graph's results differ from the eager step's, the eager step goes on, for
+    training or for the passes without gradients as the case may be, and ``log`` is told why.
 
     Parameters
     ----------
@@ -41,13 +41,16 @@ class Step(nn.Module):
 
     Attributes
     ----------
+    compiled : set of str
+        What still is: ``training``, ``passes``.
     chunk_size : int
         Images that go through the network at once, where it is not compiled.
     """
 
     def __init__(self, network, readout, trained, precision, device, compiled=False, log=print):
         super().__init__()
-        self.network, self.readout, self.precision, self.compiled, self.log = network, readout, precision, compiled, log
+        self.network, self.readout, self.precision, self.log = network, readout, precision, log
+        self.compiled = {"training", "passes"} if compiled else set()
         self.chunk_size = chunk_size_of(network, device)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         self._trained = [names[id(parameter)] for parameter in trained if id(parameter) in names]
@@ -105,15 +108,16 @@ class Step(nn.Module):
 
     def run(self, size, *batch):
         """As `forward`, of a batch of at most ``size`` images: compiled, where it is and as long as that works."""
-        if self.compiled:
+        kind = "training" if len(batch) > 1 else "passes"
+        if kind in self.compiled:
             try:
                 return self._run_compiled(size, *batch)
             except Exception as error:  # a compiler fails in any way; nothing is changed yet, the eager step goes on
-                self.compiled = False
+                self.compiled.remove(kind)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._graphs.clear()
+            self._graphs.clear()  # with the memory of all graphs; those of the other kind are made again
             torch.compiler.reset()
-            self.log(f"not compiled ({reason:.200}): same results, slower")
+            self.log(f"{kind} not compiled ({reason:.200}): same results, slower")
         return self(*batch)
 
     def _run_compiled(self, size, images, labels=None, count=None):
@@ -151,8 +155,8 @@ class Step(nn.Module):
             graph = make_fx(pure)(*inputs)
         compiled = torch.compile(graph, mode="reduce-overhead", fullgraph=True, dynamic=False)
         got = compiled(*inputs)
-        trains = len(expected) > 1
-        value, gradient = _TOLERANCES[self.precision if trains or self.precision == "tf32" else "fp32"]
+        precision = self.precision if len(expected) > 1 else "fp32" if self.precision == "fp32" else "tf32"
+        value, gradient = _TOLERANCES[precision]
         for index, pair in enumerate(zip(expected, got, strict=True)):
             if index != 2 and not _close(*pair, value if index < 2 else gradient):  # 2, a count, is free to break ties
                 raise ArithmeticError("other results than the eager step's")

@@ -88,9 +88,8 @@ class Trainer:
         See `learning_rate`; a `linear` mapping's optimiser (Adam, lr 0.1) follows the same one.
     epochs : int
     precision : str
-        ``fp32``, ``tf32``, ``bf16`` or ``fp16``, of the network while it trains. Estimating and testing are float32,
-        as in published code, and so are mapping and loss at all times; ``tf32`` rounds the factors of every matrix
-        product of the process.
+        ``fp32``, ``tf32``, ``bf16`` or ``fp16``, of the network while it trains; see
+        `tools.training.numerics.set_up_arithmetic` for what it means to the rest.
     on_nonfinite : str
         ``stop`` or ``skip``.
     should_stop : callable
@@ -267,7 +266,9 @@ class Trainer:
 
     def _pass(self, split, epoch, use):
         """Call ``use(outputs, labels)`` for every batch, without gradients."""
-        whole = self.step.compiled  # which takes no inference tensors, and computes what a batch shares itself
+        whole = (
+            "passes" in self.step.compiled
+        )  # which takes no inference tensors, and computes what a batch shares itself
         with (
             torch.no_grad() if whole else torch.inference_mode(),
             nullcontext() if whole else self.network.accumulate(),

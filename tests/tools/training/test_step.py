@@ -15,7 +15,7 @@ from models.clip import ClipNet
 from models.fast.conv import FrozenConv2d
 from tools.training import numerics
 from tools.training.build import build_clip, build_vision
-from tools.training.numerics import Plan, plan_for
+from tools.training.numerics import Plan, plan_for, set_up_arithmetic
 from tools.training.readout import ClipReadout, Readout
 from tools.training.step import Step
 from tools.training.trainer import NonFiniteError, Trainer
@@ -160,16 +160,43 @@ def test_what_cannot_be_compiled_runs_eagerly(compiler, reason, monkeypatch, as_
     said = []
     eager, compiled = (small_trainer("vision", plan, log=said.append) for plan in (Plan(waits=False), COMPILED))
     expected, got = three_steps(eager), three_steps(compiled)
-    assert said == [f"not compiled ({reason}): same results, slower"] and not compiled.step.compiled
+    said_of = [f"{kind} not compiled ({reason}): same results, slower" for kind in ("passes", "training")]
+    assert said == said_of and not compiled.step.compiled
     assert got[0][:3] == expected[0][:3] and got[2].accuracy == expected[2].accuracy
     assert compiled.program.equal(eager.program) and compiled.mapping.weights.equal(eager.mapping.weights)
 
 
-def test_passes_are_held_to_float32_whatever_trains(monkeypatch, as_on_a_gpu):
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: lambda *inputs: [1.01 * y for y in graph(*inputs)])
+def test_passes_are_held_to_tf32_whatever_trains(monkeypatch, as_on_a_gpu):
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: lambda *inputs: [1.02 * y for y in graph(*inputs)])
     said = []
     small_trainer("vision", COMPILED, precision="bf16", log=said.append).estimate(0)
-    assert said == ["not compiled (ArithmeticError: other results than the eager step's): same results, slower"]
+    assert said == ["passes not compiled (ArithmeticError: other results than the eager step's): same results, slower"]
+
+
+def test_memory_too_short_for_large_passes_leaves_training_compiled(monkeypatch, as_on_a_gpu):
+    labelled = lambda inputs: any(x.dtype == torch.int64 for x in inputs)  # noqa: E731
+    monkeypatch.setattr(
+        torch, "compile", lambda graph, **_: lambda *inputs: graph(*inputs) if labelled(inputs) else failing(graph)
+    )
+    said = []
+    trainer = small_trainer("vision", COMPILED, log=said.append)
+    three_steps(trainer)
+    assert said == ["passes not compiled (OutOfMemoryError: CUDA out of memory.): same results, slower"]
+    assert trainer.step.compiled == {"training"} and len(trainer.step._graphs) == 1
+
+
+@pytest.mark.parametrize("precision, convolutions, products", [
+    ("fp32", False, False), ("tf32", True, True), ("fp16", True, False), ("bf16", True, False),
+])  # fmt: skip
+def test_what_a_gpu_rounds_to_tf32(precision, convolutions, products, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    try:
+        set_up_arithmetic(torch.device("cuda", 0), precision, deterministic=False)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (convolutions, products)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = kept
 
 
 def test_a_mapping_may_have_its_tensors_later_and_others_each_time(recorded):
