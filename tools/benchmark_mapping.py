@@ -10,17 +10,15 @@ counts statistics, scratch and mapping, but neither logits nor torch.
 """
 
 import multiprocessing
-import re
-import resource
-import sys
 import time
 import warnings
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from tools.console import Parser, user_errors
 from mapping import build_mapping, check_mapping_name
+from tools.measuring import PeakMemory, synchronize
 from tools.training.numerics import choose_device
 
 _HIGHEST = 6.0  # one in a billion normal logits is higher; some 1 % of the softmax at S = 21841
@@ -34,14 +32,20 @@ def main(argv=None):
         f"{torch.__version__}, {torch.get_num_threads()} threads"
     )
     print(f"{'mapping':8} {'observe s':>10} {'samples/s':>10} {'refresh s':>10} {'peak MB':>9}  statistics")
+    setting, failed = (args.source, args.target, args.samples, args.batch_size, args.device), 0
     for name in args.mapping:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            observe, refresh, peak, statistics = pool.apply(
-                measure, (name, args.source, args.target, args.samples, args.batch_size, args.device)
-            )
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                observe, refresh, peak, statistics = pool.submit(measure, name, *setting).result()
+            except Exception as error:  # memory, a GPU can fail in any way, up to the end of the process
+                failed += 1
+                print(f"{name:8} " + " ".join(f"{type(error).__name__}: {error}".split())[:300], flush=True)
+                continue
         rate = args.samples / observe
         row = f"{name:8} {observe:10.1f} {rate:10.0f} {refresh:10.2f} {peak / 1e6:9.0f}  {statistics}"
         print(row, flush=True)
+    if failed:
+        raise ValueError(f"{failed} of the mappings could not be measured; each says why")
 
 
 def parse(argv):
@@ -63,7 +67,7 @@ def parse(argv):
         if getattr(args, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(args, option)}")
     try:
-        args.device = str(choose_device(args.device))
+        args.device = choose_device(args.device)
         args.mapping = [check_mapping_name(name) for name in args.mapping]
         for name in args.mapping:
             if not build_mapping(name, args.source, args.target).estimated:
@@ -73,7 +77,7 @@ def parse(argv):
     return args
 
 
-def measure(name, num_source, num_target, num_samples, batch_size, device="cpu"):
+def measure(name, num_source, num_target, num_samples, batch_size, device):
     """Estimate one mapping from a stream of `num_samples` made-up samples.
 
     Returns
@@ -89,10 +93,10 @@ def measure(name, num_source, num_target, num_samples, batch_size, device="cpu")
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(batch_size, 2 * num_source, generator=generator).to(device)
     warm_up = build_mapping(name, 100, 10).to(device)  # a small task first: torch's own buffers do not count
-    warm_up.observe(pool[:, :100], torch.arange(batch_size) % 10)
+    warm_up.observe(torch.randn(batch_size, 100, device=device), torch.arange(batch_size) % 10)
     warm_up.refresh()
 
-    base = _reset_peak(device)
+    memory = PeakMemory(device)
     mapping = build_mapping(name, num_source, num_target).to(device)
     start = time.perf_counter()
     for first in range(0, num_samples, batch_size):
@@ -105,37 +109,13 @@ def measure(name, num_source, num_target, num_samples, batch_size, device="cpu")
         logits.scatter_(1, predicted, _HIGHEST)
         mapping.observe(logits, labels.to(device))
         logits.scatter_(1, predicted, replaced)
-    _synchronize(device)
+    synchronize(device)
     observed = time.perf_counter()
     statistics = "sparse" if getattr(mapping._statistics.table(), "is_sparse", False) else "dense"
     mapping.refresh()
-    _synchronize(device)
+    synchronize(device)
     refreshed = time.perf_counter()
-    return observed - start, refreshed - observed, _peak(device) - base, statistics
-
-
-def _synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _reset_peak(device):
-    """Start measuring the peak from scratch where the system can, and return what is held now, in bytes."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak(device)
-
-
-def _peak(device):
-    """Most bytes held since `_reset_peak`: by CUDA's allocator, or resident in this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":  # where getrusage counts what the parent held when it forked
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return observed - start, refreshed - observed, memory.bytes(), statistics
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks through their command lines, at sizes that show that they run and agree, not how fast."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +9,11 @@ import pytest
 import torch
 
 from models import SWITCHES
-from tools import benchmark, benchmark_mapping
+from tools import benchmark_mapping, measuring
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark import ring as benchmark_ring
+from tools.benchmark.ring import TOLERANCES, Loop, check_agreement, profile
+from tools.training.step import Step
 
 SMALL = [
     "--case",
@@ -51,11 +56,15 @@ def test_contenders_agree_and_every_row_adds_up(tmp_path, capsys):
 
 def test_the_networks_tell_images_apart(tmp_path):
     """Else every mapping is the same, and every loss."""
-    ring = benchmark.Ring(benchmark.parse(SMALL), CPU, {}, tmp_path)
+    ring = small_ring(tmp_path)
     classifier = ring._classifier("resnet18-32")
-    loader = benchmark._loader(ring._task(32)[1].train, 32, 8, CPU, "estimate")
-    logits = classifier(benchmark._padding(classifier, 32, CPU)(next(iter(loader.epoch(0))).images))
+    loader = benchmark_ring._loader(ring._task(32)[1].train, 32, 8, CPU, "estimate")
+    logits = classifier(benchmark_ring._padding(classifier, 32, CPU)(next(iter(loader.epoch(0))).images))
     assert len(logits.argmax(1).unique()) > 4
+
+
+def small_ring(folder):
+    return benchmark.Ring(benchmark.complete(benchmark.parse(SMALL), CPU), CPU, {"fp32": 1.0}, folder)
 
 
 class Contender:
@@ -85,11 +94,11 @@ def test_a_wrong_mapping_or_loss_is_not_timed(moved, loss, agrees):
     plain, ours = {"weights": torch.tensor([[1.0, 0.5], [0.0, 0.5]]), "loss": 1.0}, Contender()
     ours.weights, ours.loss = plain["weights"] + torch.tensor([[-moved, -moved], [moved, moved]]), loss
     if agrees:
-        found = benchmark.check_agreement("ours", plain, ours, benchmark.TOLERANCES["fp32"])
+        found = check_agreement("ours", plain, ours, TOLERANCES["fp32"])
         assert found == {"mapping": pytest.approx(moved, rel=1e-3), "loss": pytest.approx(loss - 1)}
     else:
         with pytest.raises(ValueError, match="ours and the plain loop disagree"):
-            benchmark.check_agreement("ours", plain, ours, benchmark.TOLERANCES["fp32"])
+            check_agreement("ours", plain, ours, TOLERANCES["fp32"])
 
 
 def test_mapping_benchmark(capsys):
@@ -158,7 +167,7 @@ class Ring:
         self.measured.append((case, batch_size, loop.name))
         self.now += self.seconds[loop.switches]
         if len(self.measured) == 3:
-            raise torch.OutOfMemoryError("CUDA out of\nmemory")
+            return [{"loop": loop.name, "error": "OutOfMemoryError: CUDA out of memory"}]
         return [{"loop": loop.name}]
 
     def clear(self):
@@ -172,7 +181,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(benchmark, "Ring", lambda *setting: ring)
     for name in ("matrix_product_gflops", "memory_bandwidth"):
         monkeypatch.setattr(benchmark, name, lambda *setting: 1.0)
-    monkeypatch.setattr(benchmark, "_machine", lambda device: "a GPU")
+    monkeypatch.setattr(benchmark, "machine_name", lambda device: "a GPU")
     return ring
 
 
@@ -217,7 +226,7 @@ def test_each_row_is_written_as_it_comes_and_one_that_fails_stops_no_other(on_a_
 
 
 def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
-    assert benchmark.busy_time([(5, 6), (0, 2), (1, 3), (5, 5.5), (1, 2)]) == 4
+    assert measuring.busy_time([(5, 6), (0, 2), (1, 3), (5, 5.5), (1, 2)]) == 4
 
     def event(name, start, end, kind=torch.autograd.DeviceType.CUDA):
         return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
@@ -225,25 +234,84 @@ def test_kernels_and_the_time_in_which_the_gpu_is_busy(monkeypatch):
     events = [event("conv", 0, 3e5), event("add", 2e5, 5e5), event("Memcpy HtoD", 6e5, 7e5)]
     events += [event("relu", 8e5, 9e5), event("cudaLaunchKernel", 0, 1e6, torch.autograd.DeviceType.CPU)]
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
-    monkeypatch.setattr(benchmark.time, "perf_counter", iter([0.0, 2.0]).__next__)
-    found = benchmark.profile(Contender(), num_images=9, batch_size=4, device=CPU)
+    monkeypatch.setattr(benchmark_ring.time, "perf_counter", iter([0.0, 2.0]).__next__)
+    found = profile(Contender(), num_images=9, batch_size=4, device=CPU)
     assert found == {"kernels_per_step": 1, "gpu_busy": 0.35}
 
 
 def test_the_memory_of_a_captured_graph_counts(tmp_path, monkeypatch):
     """It is taken in the epoch before those that are timed, which find it there."""
     contender = Contender()
-    peak = SimpleNamespace(mebibytes=lambda: 10 if contender.epochs[-1] else 900)
-    monkeypatch.setattr(benchmark, "PeakMemory", lambda device: peak)
-    monkeypatch.setattr(benchmark, "Ours", lambda *setting: contender)
-    ring = benchmark.Ring(benchmark.complete(benchmark.parse(SMALL), CPU), CPU, {"fp32": 1.0}, tmp_path)
-    loops = [benchmark.Loop("eager"), benchmark.Loop("compiled", compiled=True)]
-    assert [row["peak_mib"] for row in ring.measure("resnet18-32", 4, loops)] == [10, 900]
+    peak = SimpleNamespace(bytes=lambda: 2**20 * (10 if contender.epochs[-1] else 900))
+    monkeypatch.setattr(benchmark_ring, "PeakMemory", lambda device: peak)
+    monkeypatch.setattr(benchmark_ring, "Ours", lambda *setting: contender)
+    loops = [Loop("eager"), Loop("compiled", compiled=True)]
+    assert [row["peak_mib"] for row in small_ring(tmp_path).measure("resnet18-32", 4, loops)] == [10, 900]
+
+
+def test_a_loop_that_fails_has_its_own_row_and_the_others_theirs(tmp_path, monkeypatch):
+    """In its making, in its first epoch, in a timed one."""
+
+    class Failing(Contender):
+        def __init__(self, loop, *setting):
+            super().__init__()
+            self.name = loop.name
+            self.train(-1)
+
+        def train(self, epoch):
+            if self.name == f"fails at {epoch}":
+                raise torch.OutOfMemoryError("CUDA out of\nmemory")
+
+    monkeypatch.setattr(benchmark_ring, "Ours", Failing)
+    loops = [Loop(name) for name in ("first", "fails at -1", "fails at 0", "fails at 1", "last")]
+    first, *failed, last = small_ring(tmp_path).measure("resnet18-32", 4, loops)
+    assert failed == [{"loop": loop.name, "error": "OutOfMemoryError: CUDA out of memory"} for loop in loops[1:4]]
+    assert "error" not in first | last and first["engine"] == last["engine"] == "stand-in"
 
 
 def test_a_step_that_cannot_be_compiled_is_not_timed_in_its_eager_form(tmp_path, monkeypatch):
-    args = benchmark.complete(benchmark.parse(SMALL), CPU)
-    ring = benchmark.Ring(args, CPU, {"fp32": 1.0}, tmp_path)
-    monkeypatch.setattr("tools.training.step.Step._run_compiled", lambda *batch: torch.zeros(1) @ torch.zeros(2))
-    with pytest.raises(RuntimeError, match="not compiled"):
-        ring.measure("resnet18-32", 4, [benchmark.Loop("compiled", switches=(), compiled=True)])
+    monkeypatch.setattr(Step, "_run_compiled", lambda *batch: torch.zeros(1) @ torch.zeros(2))
+    (row,) = small_ring(tmp_path).measure("resnet18-32", 4, [Loop("compiled", switches=(), compiled=True)])
+    assert row["error"].startswith("RuntimeError: not compiled")
+
+
+def test_a_batch_that_takes_several_parts_is_timed_and_its_row_says_so(tmp_path, monkeypatch):
+    forward = Step.forward
+
+    def short_of_memory(step, images, *rest):
+        if step.chunk_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(step, images, *rest)
+
+    monkeypatch.setattr(Step, "forward", short_of_memory)
+    (row,) = small_ring(tmp_path).measure("resnet18-32", 4, [Loop("plain path", switches=())])
+    assert row["engine"] == "plain path; out of memory: going on in chunks of 2 images (same result)"
+
+
+def test_what_the_gpu_lacks_is_left_out_unless_asked_for(monkeypatch):
+    def choose_precision(name, device):
+        if name == "bf16":
+            raise ValueError("this GPU has no bf16")
+
+    monkeypatch.setattr(benchmark, "choose_precision", choose_precision)
+    assert gpu_args().precision == gpu_args().precision == ["fp16", "tf32", "fp32"]
+    with pytest.raises(ValueError, match="no bf16"):
+        gpu_args("--precision", "fp32", "bf16")
+
+
+def test_a_mapping_that_fails_stops_no_other(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_mapping, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    measure = benchmark_mapping.measure
+
+    def failing(name, *setting):
+        if name == "ilm":
+            raise MemoryError("not\nenough")
+        return measure(name, *setting)
+
+    monkeypatch.setattr(benchmark_mapping, "measure", failing)
+    with pytest.raises(SystemExit) as caught:
+        benchmark_mapping.main(["--source", "20", "--target", "5", "--samples", "60", "--mapping", "ilm", "blm"])
+    out, error = capsys.readouterr()
+    assert caught.value.code == 2 and "1 of the mappings could not be measured" in error
+    _, _, ilm, blm = out.splitlines()
+    assert ilm.split(maxsplit=1) == ["ilm", "MemoryError: not enough"] and blm.split()[0] == "blm"
