@@ -272,7 +272,7 @@ def test_a_loop_that_fails_has_its_own_row_and_the_others_theirs(tmp_path, monke
 def test_a_step_that_cannot_be_compiled_is_not_timed_in_its_eager_form(tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "_run_compiled", lambda *batch: torch.zeros(1) @ torch.zeros(2))
     (row,) = small_ring(tmp_path).measure("resnet18-32", 4, [Loop("compiled", switches=(), compiled=True)])
-    assert row["error"].startswith("RuntimeError: not compiled")
+    assert row["error"].startswith("RuntimeError: passes not compiled")
 
 
 def test_a_batch_that_takes_several_parts_is_timed_and_its_row_says_so(tmp_path, monkeypatch):
