@@ -292,6 +292,7 @@ def test_what_the_gpu_lacks_is_left_out_unless_asked_for(monkeypatch):
     def choose_precision(name, device):
         if name == "bf16":
             raise ValueError("this GPU has no bf16")
+        return name
 
     monkeypatch.setattr(benchmark, "choose_precision", choose_precision)
     assert gpu_args().precision == gpu_args().precision == ["fp16", "tf32", "fp32"]

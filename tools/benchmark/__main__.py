@@ -19,7 +19,7 @@ import json
 import math
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import date
 from pathlib import Path
 
@@ -89,18 +89,12 @@ def complete(args, device):
     asked = args.precision
     for name, defaults in DEFAULTS.items():
         setattr(args, name, getattr(args, name) or defaults[device.type == "cuda"])
-    args.precision = [name for name in args.precision if _offers(device, name, or_raise=asked)]
+    offered = []
+    for precision in args.precision:
+        with nullcontext() if asked else suppress(ValueError):
+            offered.append(choose_precision(precision, device))
+    args.precision = offered
     return args
-
-
-def _offers(device, precision, or_raise):
-    try:
-        choose_precision(precision, device)
-    except ValueError:
-        if or_raise:
-            raise
-        return False
-    return True
 
 
 def plan(args, device):

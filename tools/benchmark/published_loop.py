@@ -20,21 +20,7 @@ DISTINCT = 510  # made-up images that differ; more of them are copies
 
 
 class Plain:
-    """Published code's loop, in the words of ``python -m tools.benchmark --help``.
-
-    Parameters
-    ----------
-    folder : Path
-        ILM-VP folder of the images.
-    classifier : models.Classifier
-    input_vr : models.PaddingVR
-        Fresh, on the device of all that is computed.
-    task : data.Task
-        Of the same images.
-    batch_size : int
-    mapping : str
-        ilm, blm or blmpp.
-    """
+    """Published code's loop over an ILM-VP folder, as ``python -m tools.benchmark --help`` describes it."""
 
     description = "plain loop"
 

@@ -71,6 +71,9 @@ class Ring:
         return [entrant.row for entrant in entrants]
 
     def clear(self):
+        """Let go of what the loops of before hold."""
+        if self.device.type == "cuda":
+            torch.compiler.reset()  # which lets go of captured graphs and their memory
         gc.collect()  # workers of the plain loop end here
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
