@@ -55,10 +55,12 @@ def main(argv=None):
             )
         out.mkdir(parents=True, exist_ok=True)
         suffix = "" if args.checkpoint == "last" else f"-{args.checkpoint}"
-        write_json(out / f"evaluation{suffix}.json", evaluation)
+        measured, table = out / f"evaluation{suffix}.json", out / f"confusion{suffix}.csv"
+        write_json(measured, evaluation)
         counts = confusion(ranking(logits)[:, 0], labels, len(run.class_names))
-        write_text(out / f"confusion{suffix}.csv", as_csv(counts, run.class_names))
-        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation, run.state))
+        write_text(table, as_csv(counts, run.class_names))
+        written = f"\n\nwritten: {measured}, {table}"
+        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation, run.state) + written)
 
 
 def parse(argv):

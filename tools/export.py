@@ -63,7 +63,9 @@ def main(argv=None):
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
-            checked = "not compared: no onnxruntime" if difference is None else f"logits differ by {difference:.1g}"
+            checked = (
+                "not compared: no onnxruntime" if difference is None else f"the run's logits within {difference:.1g}"
+            )
             print(f"{file}  {size:.1f} MiB  {checked}")
 
 

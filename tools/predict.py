@@ -249,19 +249,27 @@ def as_csv(predictions):
 
 
 def as_table(predictions):
-    """For people: what it is, and below it why."""
+    """For people: what it is, and below it why, as a sum that adds up."""
     blocks = []
     for p in predictions:
         labels, why = p["predictions"], p["why"]
-        width = max(len(printable(row["name"])) for row in [*labels, *why["sources"]])
-        lines = [printable(p["image"])]
-        lines += [f"  {printable(row['name']):{width}}  {row['probability']:7.2%}" for row in labels]
-        lines.append(f"because of (contribution to the margin of {labels[0]['name']!r}, weight for it)")
-        for row in why["sources"]:
-            name = printable(row["name"])
-            lines.append(f"  {name:{width}}  {row['contribution']:+7.3f}  {row['weight']:+.4f}")
-        rest = f", {why['rest']:+.3f} no single one's" if abs(why["rest"]) > 5e-4 else ""
-        lines.append(f"margin {why['margin']:+.3f}: for it {why['pro']:+.3f}, against {why['contra']:+.3f}{rest}")
+        rows = [(row["name"], row["contribution"], f"  weight {row['weight']:+.4f}") for row in why["sources"]]
+        others = why["pro"] - sum(contribution for _, contribution, _ in rows)
+        parts = {
+            "(others that raise it)": others,
+            "(all that lower it)": why["contra"],
+            "(due to no single one)": why["rest"],
+        }
+        rows += [(name, value, "") for name, value in parts.items() if abs(value) > 5e-4]
+        rows.append(("(total)", why["margin"], ""))
+        width = max(len(printable(name)) for name in [*(row["name"] for row in labels), *(name for name, _, _ in rows)])
+        lines = [
+            printable(p["image"]),
+            *(f"  {printable(row['name']):{width}}  {row['probability']:9.2%}" for row in labels),
+            f"why {printable(labels[0]['name'])}: how far its score is above the average of all labels, as a sum over "
+            "the pretrained network's outputs",
+            *(f"  {printable(name):{width}}  {value:+9.3f}{weight}" for name, value, weight in rows),
+        ]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 

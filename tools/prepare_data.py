@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -496,8 +497,10 @@ def main(argv=None):
     info = DATASETS.get(arguments.name)
     if info is not None and info.train and (info.train, info.test) != (len(train), len(test)):
         print(f"published: {info.train} training and {info.test} test images, {info.classes} classes")
-    use = f"{arguments.name} --data-path {arguments.data_path}" if info is not None else f"folder:{folder}"
-    print(f"check it: python -m tools.check_data {folder}; use it: --dataset {use}")
+    name = [arguments.name, "--data-path", str(arguments.data_path)] if info is not None else [f"folder:{folder}"]
+    print(
+        f"check it: python -m tools.check_data {shlex.quote(str(folder))}; use it: {shlex.join(['--dataset', *name])}"
+    )
     return 0
 
 

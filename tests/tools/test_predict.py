@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -133,8 +134,22 @@ def test_csv_and_table_say_the_same(vm_run, photos, capsys):
     assert table[0] == str(photos / "5.PNG")
     first, source = p["predictions"][0], p["why"]["sources"][0]
     assert table[1].split() == [*first["name"].split(), f"{first['probability']:.2%}"]
-    assert table[4].split()[-2:] == [f"{source['contribution']:+.3f}", f"{source['weight']:+.4f}"]
-    assert table[-1].startswith(f"margin {p['why']['margin']:+.3f}")
+    assert table[3].startswith(f"why {first['name']}: ")
+    assert table[4].split()[-3:] == [f"{source['contribution']:+.3f}", "weight", f"{source['weight']:+.4f}"]
+
+
+def test_table_explains_itself_as_a_sum(lda_run, photos, capsys):
+    """Whatever is not shown by name has a row of its own, so that the column adds up to its last line."""
+    predict.main([str(lda_run), str(photos / "0.png"), "--top-k", "2"])
+    _, rows = capsys.readouterr().out.split("why ")
+    head, *rows = rows.splitlines()
+    assert "how far its score is above the average of all labels, as a sum" in head
+    *names, total = [row.split("  ")[1] for row in rows]
+    assert (
+        names[2:] == ["(others that raise it)", "(all that lower it)", "(due to no single one)"] and total == "(total)"
+    )
+    *terms, total = [float(re.search(r"[+-]\d+\.\d{3}(?!\d)", row)[0]) for row in rows]
+    assert sum(terms) == pytest.approx(total, abs=0.005)
 
 
 def test_any_size_and_mode(vm_run, tmp_path, capsys):

@@ -125,7 +125,7 @@ def test_flags_win_over_the_file(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[-1].startswith("8 runs: 8 waiting")
     script = cells.ROOT / "train_vm_fast.py"
-    assert lines[3] == (f"waiting  python {script} --dataset dtd --mapping ilm --no-iteration --seed 1")
+    assert lines[3] == (f"waiting         python {script} --dataset dtd --mapping ilm --no-iteration --seed 1")
     assert not Path("results").exists()
 
 
@@ -162,6 +162,7 @@ def test_bad_grids(tmp_path, capsys, text, words):
 BAD_FLAGS = [
     ([], "nothing to run"),
     (["absent.yaml"], "absent.yaml does not exist"),
+    (["."], ". is a folder; expected a YAML file"),
     (["--mappings", "blm"], "did you mean --mapping?"),
     (["--mapping", "blm", "--jobs", "0"], "--jobs must be 1 or more"),
     (["--bayes", "no"], "takes true or false"),
@@ -215,7 +216,7 @@ def test_sweep_of_real_runs(capsys):
     before = {path: path.stat().st_mtime_ns for path in Path("r").rglob("*")}
     Path("grid.yaml").write_text(Path("grid.yaml").read_text().rpartition("  -")[0])
     assert sweep.main(arguments) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "2 runs: 2 skipped"
+    assert capsys.readouterr().out.splitlines()[-1] == "2 runs: 2 finished before"
     assert {path: path.stat().st_mtime_ns for path in Path("r").rglob("*")} == before
 
     assert sweep.main([*arguments, "--epochs", "3", "--dry-run"]) == 0
@@ -301,7 +302,7 @@ def test_second_ctrl_c_kills(stand_in, capsys):
     thread = signal_after((began.exists, signal.SIGINT), (asked.exists, signal.SIGINT))
     assert sweep.main(["--seed", "9"]) == 130
     thread.join()
-    assert "1 runs: 1 stopped" in capsys.readouterr().out
+    assert "1 run: 1 stopped" in capsys.readouterr().out
 
 
 def test_two_ctrl_c_at_once_kill(monkeypatch):
@@ -383,7 +384,7 @@ def test_run_of_another_process_is_waited_for(stand_in, tmp_path, finished):
             lock.close()
 
     ended, signum = jobs.sweep(planned, runner.LocalRunner(1, []), display)
-    assert [job.state for job in ended] == ["skipped" if finished else "finished", "finished"] and signum == 0
+    assert [job.state for job in ended] == ["finished before" if finished else "finished", "finished"] and signum == 0
     assert seen[0] == ("busy elsewhere", "waiting") and planned[0].log.exists() is not finished
 
 
@@ -409,8 +410,8 @@ def test_run_that_another_process_took_first_is_not_failed(stand_in, tmp_path):
             super().start(started)
 
     (ended,), _ = jobs.sweep([cell], Slow(1, []), display)
-    assert ended.state == "skipped" and ended.error == ""
-    assert list(dict.fromkeys(seen)) == ["waiting", "running", "busy elsewhere", "skipped"]
+    assert ended.state == "finished before" and ended.error == ""
+    assert list(dict.fromkeys(seen)) == ["waiting", "running", "busy elsewhere", "finished before"]
 
 
 def command_cell(tmp_path, name, code, *arguments):

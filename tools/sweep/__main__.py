@@ -108,7 +108,7 @@ def main(argv=None):
     if arguments.dry_run:
         jobs = [Job(cell) for cell in cells]
         for job in jobs:
-            print(f"{job.state:8} {shlex.join(['python', *job.cell.command[1:]])} {job.error}".rstrip())
+            print(f"{job.state:15} {shlex.join(['python', *job.cell.command[1:]])} {job.error}".rstrip())
         print(status(jobs, arguments.jobs or 1))
         return 0
     if arguments.slurm is not None:

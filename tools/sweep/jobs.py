@@ -25,7 +25,7 @@ class Job:
     cell : Cell
     state : str
         ``waiting``, ``busy elsewhere`` (another process is at work on it), ``queued`` (by Slurm), ``running``,
-        ``finished``, ``skipped`` (finished before), ``failed`` or ``stopped``.
+        ``finished``, ``finished before`` (this sweep), ``failed`` or ``stopped``.
     error : str
         Why it failed: what its log says, or what stands in the way of starting it.
     lines : list of dict
@@ -44,12 +44,12 @@ class Job:
 
     def __post_init__(self):
         self.look()
-        if self.state == "skipped" or not self.cell.cfg.overwrite:
+        if self.state == "finished before" or not self.cell.cfg.overwrite:
             self.read_metrics()
 
     @property
     def over(self):
-        return self.state in ("finished", "skipped", "failed", "stopped")
+        return self.state in ("finished", "finished before", "failed", "stopped")
 
     @property
     def active(self):
@@ -67,7 +67,7 @@ class Job:
         except ValueError as error:
             self.state, self.error = "failed", str(error)
         else:
-            self.state = "skipped" if finished else "busy elsewhere" if in_use(self.cell.folder) else "waiting"
+            self.state = "finished before" if finished else "busy elsewhere" if in_use(self.cell.folder) else "waiting"
 
     def read_metrics(self):
         """Read which epochs are done; a line that is not whole yet waits for the next time."""
