@@ -286,43 +286,37 @@ def write_ilmvp(folder, *, train, test, class_names):
 
 
 def _write_lmdb(path, samples, num_classes):
-    """Write one split; return the (name, label) of its samples. Grows the map as needed: its size is the
-    file's."""
-    listed, size = [], 16 << 20
-    environment = lmdb.open(
-        os.fspath(path), subdir=False, map_size=size, lock=False, sync=False, metasync=False, mode=0o666
-    )
-    try:
-
-        def put(items):
-            nonlocal size
-            while True:
-                try:
-                    with environment.begin(write=True) as transaction:
-                        for key, value in items:
-                            transaction.put(key, pickle.dumps(value, protocol=4))
-                    return
-                except lmdb.MapFullError:
-                    size *= 2
-                    environment.set_mapsize(size)
-                except lmdb.Error as error:  # the disk is full, most likely
-                    raise OSError(f"{path}: {error}; free some room or name another folder") from None
-
-        pending, pending_bytes = [], 0
+    """Write one split; return the (name, label) of its samples."""
+    listed, pending, pending_bytes = [], [], 0
+    options = {"subdir": False, "lock": False, "sync": False, "metasync": False, "mode": 0o666}
+    with lmdb.open(os.fspath(path), map_size=16 << 20, **options) as environment:
         for i, (encoded, label, name) in enumerate(samples):
             if not 0 <= label < num_classes:
                 raise ValueError(f"{name}: label {label}, but there are {num_classes} class names")
             listed.append((str(name), int(label)))
-            pending.append((str(i).encode(), (bytes(encoded), int(label))))
+            pending.append((str(i).encode(), pickle.dumps((bytes(encoded), int(label)), protocol=4)))
             pending_bytes += len(encoded)
             if pending_bytes > 8 << 20:
-                put(pending)
+                put_all(environment, pending)
                 pending, pending_bytes = [], 0
         if not listed:
             raise ValueError(f"no samples for {path.name}; expected at least one")
         keys = [str(i).encode() for i in range(len(listed))]
-        put([*pending, (b"__len__", len(keys)), (b"__keys__", keys)])
+        heads = {b"__len__": len(keys), b"__keys__": keys}
+        put_all(environment, [*pending, *((key, pickle.dumps(value, protocol=4)) for key, value in heads.items())])
         environment.sync(True)
-    finally:
-        environment.close()
     return listed
+
+
+def put_all(environment, items):
+    """Put (key, value) pairs into an open LMDB, all or none, whose map grows as they need it."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in items:
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+        except lmdb.Error as error:  # the disk is full, most likely
+            raise OSError(f"could not write {environment.path()}: {error}; free some room and try again") from None

@@ -26,10 +26,9 @@ import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import lmdb
 import numpy as np
@@ -40,76 +39,53 @@ from tools.console import Parser, user_errors
 from data import DATASETS, write_ilmvp
 from data.decode import open_image, upright
 from data.files import sync_folder
-from data.ilmvp import read_split
+from data.ilmvp import put_all, read_split
 from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
-from models.torchvision_shim import ensure_torchvision
+from data.sources import file_stamp
+from data.torchvision_sets import load_torchvision
 
 JPEG_QUALITY = 95  # of shortened photographs
 _CHUNK = 256  # images between two commits: what an interruption costs
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """What torchvision has of a data set, and which of it becomes training and test set."""
 
     factory: str
     images: str  # folder of the images under the raw path; the paths of CoOp's split file start there as well
-    address: str
     total: int  # images that training and test set are drawn from
-    split: str
+    train: tuple | float | int  # torchvision's splits, beside its "test"; or what to draw of each class, as is ``test``
+    test: float | int | None = None
 
 
 COPIES = {
-    "flowers102": Copy(
-        "Flowers102",
-        "flowers-102/jpg",
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz, imagelabels.mat, setid.mat)",
-        8189,
-        "the official split, train and val together for training",
-    ),
-    "dtd": Copy(
-        "DTD",
-        "dtd/dtd/images",
-        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
-        5640,
-        "the first official split, train and val together for training",
-    ),
-    "food101": Copy(
-        "Food101",
-        "food-101/images",
-        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
-        101000,
-        "the official split",
-    ),
-    "eurosat": Copy(
-        "EuroSAT",
-        "eurosat/2750",
-        "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)",
-        27000,
-        "drawn with seed 0, 50 % of each class for training and 30 % for testing; there is no official one",
-    ),
-    "oxfordpets": Copy(
-        "OxfordIIITPet",
-        "oxford-iiit-pet/images",
-        "https://www.robots.ox.ac.uk/~vgg/data/pets/data/ (images.tar.gz and annotations.tar.gz)",
-        7349,
-        "the official split, trainval for training",
-    ),
-    "sun397": Copy(
-        "SUN397",
-        "SUN397",
-        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
-        108754,
-        "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
-    ),
-    "fgvc_aircraft": Copy(
-        "FGVCAircraft",
-        "fgvc-aircraft-2013b/data/images",
-        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
-        6667,
-        "the official split of variants without val, which is CoOp's",
-    ),
+    "flowers102": Copy("Flowers102", "flowers-102/jpg", 8189, ("train", "val")),
+    "dtd": Copy("DTD", "dtd/dtd/images", 5640, ("train", "val")),
+    "food101": Copy("Food101", "food-101/images", 101000, ("train",)),
+    "eurosat": Copy("EuroSAT", "eurosat/2750", 27000, 0.5, 0.3),
+    "oxfordpets": Copy("OxfordIIITPet", "oxford-iiit-pet/images", 7349, ("trainval",)),
+    "sun397": Copy("SUN397", "SUN397", 108754, 40, 50),
+    "fgvc_aircraft": Copy("FGVCAircraft", "fgvc-aircraft-2013b/data/images", 6667, ("train",)),
+}
+SPLITS = {
+    "flowers102": "the official split, train and val together for training",
+    "dtd": "the first official split, train and val together for training",
+    "food101": "the official split",
+    "eurosat": "drawn with seed 0, 50 % of each class for training and 30 % for testing; there is no official one",
+    "oxfordpets": "the official split, trainval for training",
+    "sun397": "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
+    "fgvc_aircraft": "the official split of variants without val, which is CoOp's",
+}
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+ADDRESSES = {
+    "flowers102": f"{OXFORD}/flowers/102/ (102flowers.tgz, imagelabels.mat, setid.mat)",
+    "dtd": f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz",
+    "food101": "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+    "eurosat": "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)",
+    "oxfordpets": f"{OXFORD}/pets/data/ (images.tar.gz and annotations.tar.gz)",
+    "sun397": "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+    "fgvc_aircraft": f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
 }
 
 # CoOp's split files: https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md
@@ -166,21 +142,21 @@ def coop_samples(images, split_file):
     untrained = next((label for label in range(len(cleaned)) if not counts["train"][label]), None)
     if untrained is not None:
         raise ValueError(f'{split_file}: "train" has no image of class {cleaned[untrained]!r}; expected one or more')
-    root, names, found, missing = images.resolve(), {}, {}, []
+    root, names, sets = images.resolve(), {}, []
     splits = json.loads(split_file.read_bytes())
     for split in ("train", "test"):
-        found[split] = []
-        for name, label, class_name in splits[split]:
+        for _, label, class_name in splits[split]:
             names.setdefault(label, class_name)
-            path = _inside(root, name, f'{split_file}, "{split}"')
-            found[split].append((path, label, name))
-            if not path.is_file():
-                missing.append(name)
+        where = f'{split_file}, "{split}"'
+        sets.append([(_inside(root, name, where), label, name) for name, label, _ in splits[split]])
+    _require_files(sets, images, f"the paths of {split_file} start at --images")
+    return *sets, [names[label] for label in range(len(names))]
+
+
+def _require_files(sets, root, hint):
+    missing = [name for samples in sets for path, _, name in samples if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} images of {split_file} are not in {images}: {_first(missing)}; its paths start at --images"
-        )
-    return found["train"], found["test"], [names[label] for label in range(len(names))]
+        raise FileNotFoundError(f"{len(missing)} images are not in {root}: {_first(missing)}; {hint}")
 
 
 def _inside(root, name, where):
@@ -202,65 +178,33 @@ def torchvision_samples(name, raw_path):
         It can't be downloaded, or an earlier download was cut off; the message says what to fetch, and where to.
     """
     copy = COPIES[name]
-    ensure_torchvision()
-    from torchvision import datasets
-
-    absent = [f for f in (raw_path / Path(copy.images).parts[0], raw_path, raw_path.parent) if not f.exists()]
+    root = raw_path / copy.images
 
     def load(**split):
-        try:
-            part = getattr(datasets, copy.factory)(raw_path, download=True, **split)
-        except Exception as error:  # network, archive and file system all raise their own
-            for folder in absent:  # nothing is left of a download that did not begin
-                with suppress(OSError):
-                    folder.rmdir()
-            reason = str(error).partition("\n")[0][:120]
-            raise FileNotFoundError(
-                f"{name} is not whole in {raw_path} and could not be downloaded ({reason}); fetch {copy.address} and "
-                f"unpack it so that {raw_path / copy.images} exists"
-            ) from None
+        part = load_torchvision(copy.factory, raw_path, [root], name, ADDRESSES[name], **split)
         files = getattr(part, "_image_files", None) or getattr(part, "_images", None)
         pairs = list(zip(files, part._labels, strict=True)) if files else part.samples
-        return sorted((str(path), label) for path, label in pairs), part.classes
+        return sorted((Path(path), label) for path, label in pairs), part.classes
 
-    if name in ("eurosat", "sun397"):
+    if copy.test is not None:
         everything, classes = load()
-        train, test = _draw(everything, *((0.5, 0.3) if name == "eurosat" else (40, 50)))
-        total = len(everything)
+        total, parts = len(everything), _draw(everything, copy.train, copy.test)
     else:
-        parts = {split: load(split=split) for split in _official(name)}
-        classes = parts["test"][1]
-        test = parts.pop("test")[0]
-        train = [pair for pairs, _ in parts.values() for pair in pairs]
-        total = len(train) + len(test)
-    root = raw_path / copy.images
+        test, classes = load(split="test")
+        parts = [pair for split in copy.train for pair in load(split=split)[0]], test
+        total = sum(map(len, parts))
+    again = f"remove {raw_path / Path(copy.images).parts[0]} and repeat the command"
     if total != copy.total:
         raise FileNotFoundError(
-            f"{root} holds {total} images, expected {copy.total}: a download or an unpacking was cut off; remove "
-            f"{raw_path / Path(copy.images).parts[0]} and repeat the command"
+            f"{root} holds {total} images, expected {copy.total}: a download or an unpacking was cut off; {again}"
         )
     if name == "eurosat":
         classes = [EUROSAT_NAMES.get(each, each) for each in classes]
     if name == "sun397":  # "apartment_building/outdoor" is an outdoor apartment building
         classes = [" ".join(reversed(each.split("/"))) for each in classes]
-    sets = [[(Path(p), label, Path(p).relative_to(root).as_posix()) for p, label in pairs] for pairs in (train, test)]
-    missing = [name for samples in sets for path, _, name in samples if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} images are not in {root}: {_first(missing)}; an unpacking was cut off: remove "
-            f"{raw_path / Path(copy.images).parts[0]} and repeat the command"
-        )
+    sets = [[(path, label, path.relative_to(root).as_posix()) for path, label in pairs] for pairs in parts]
+    _require_files(sets, root, f"an unpacking was cut off: {again}")
     return *sets, list(classes)
-
-
-def _official(name):
-    return {
-        "flowers102": ("train", "val", "test"),
-        "dtd": ("train", "val", "test"),
-        "food101": ("train", "test"),
-        "oxfordpets": ("trainval", "test"),
-        "fgvc_aircraft": ("train", "test"),
-    }[name]
 
 
 def _draw(pairs, train, test):
@@ -336,19 +280,14 @@ class _Checked:
     """The images found readable, in an LMDB: key of path, size, time and shorter side to shortened image or b""."""
 
     def __init__(self, path, shorter_side):
-        self._shorter_side, self._size = shorter_side, 16 << 20
-        if path.exists():
-            self._size = max(self._size, 2 * path.stat().st_size)
-        self._environment = lmdb.open(os.fspath(path), subdir=False, lock=False, map_size=self._size)
-        self._unneeded = set()
+        self._shorter_side = shorter_side
+        self._environment = lmdb.open(os.fspath(path), subdir=False, lock=False, map_size=16 << 20)
 
     def close(self):
         self._environment.close()
 
     def _key(self, path):
-        status = path.stat()
-        parts = [os.path.abspath(path), status.st_size, status.st_mtime_ns, self._shorter_side]
-        return hashlib.sha256(json.dumps(parts).encode()).digest()
+        return hashlib.sha256(json.dumps([*file_stamp(path), self._shorter_side]).encode()).digest()
 
     def _get(self, path):
         with self._environment.begin() as transaction:
@@ -360,33 +299,34 @@ class _Checked:
 
     def check_all(self, paths, workers):
         """Check the images that were not checked before; the messages of those that can't be used."""
-        todo, bad = iter(sorted(path for path in paths if self._get(path) is None)), []
-        threads = workers or os.cpu_count() or 1
+        todo, bad = sorted(path for path in paths if self._get(path) is None), []
         with (
-            ThreadPoolExecutor(threads) as pool,
-            tqdm(total=len(paths), desc="checking images", unit="img", disable=None) as bar,
+            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+            tqdm(
+                total=len(paths), initial=len(paths) - len(todo), desc="checking images", unit="img", disable=None
+            ) as bar,
         ):
-            while chunk := list(islice(todo, _CHUNK)):
-                results = list(pool.map(self._try, chunk))
-                self._put([(self._key(p), r) for p, r in zip(chunk, results, strict=True) if isinstance(r, bytes)])
+            for start in range(0, len(todo), _CHUNK):
+                chunk = todo[start : start + _CHUNK]
+                results = list(pool.map(self._check, chunk))
+                good = [(self._key(p), r) for p, r in zip(chunk, results, strict=True) if isinstance(r, bytes)]
+                put_all(self._environment, good)
                 bad += [str(r) for r in results if isinstance(r, ValueError)]
                 bar.update(len(chunk))
         return bad
 
-    def _try(self, path):
+    def _check(self, path):
+        """The shortened image, b"" where the file is taken as it is, or the ValueError that says why it can't be."""
+        encoded = path.read_bytes()
         try:
-            return self._check(path)
+            stored = open_image(encoded, str(path))
         except ValueError as error:
             return error
-
-    def _check(self, path):
-        encoded = path.read_bytes()
-        stored = open_image(encoded, str(path))
         image = upright(stored)
         scale = min(1, (self._shorter_side or math.inf) / min(image.size))
         if scale == 1 and image is stored:
             if len(encoded) > MAX_RECORD_BYTES - 1024:
-                raise ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
+                return ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
             return b""
         size = [max(1, round(side * scale)) for side in image.size]
         lossy = encoded.startswith(b"\xff\xd8") or encoded[8:12] == b"WEBP" or encoded[4:8] == b"ftyp"  # AVIF
@@ -395,19 +335,6 @@ class _Checked:
         image.resize(size, Image.Resampling.BICUBIC).save(stream, **how, exif=b"")
         return stream.getvalue()
 
-    def _put(self, items):
-        while True:
-            try:
-                with self._environment.begin(write=True) as transaction:
-                    for key, value in items:
-                        transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                self._size *= 2
-                self._environment.set_mapsize(self._size)
-            except lmdb.Error as error:
-                raise OSError(f"{self._environment.path()}: {error}; free some room and repeat the command") from None
-
 
 def _first(items, separator=", ", limit=3):
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
@@ -415,40 +342,23 @@ def _first(items, separator=", ", limit=3):
 
 
 def _build_parser():
-    splits = "\n".join(f"  {name:14}{copy.split}" for name, copy in COPIES.items())
+    splits = "\n".join(f"  {name:14}{split}" for name, split in SPLITS.items())
     parser = Parser(
         prog="python -m tools.prepare_data",
         usage="%(prog)s NAME [options]",
         description=__doc__,
         epilog=f"splits of torchvision's copies:\n{splits}",
     )
-    parser.add_argument("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
-    parser.add_argument("--split", type=Path, metavar="FILE", help="split file of CoOp, split_zhou_*.json")
-    parser.add_argument(
-        "--data-path",
-        type=Path,
-        default=Path("datasets"),
-        metavar="DIR",
-        help="folder that holds the data sets (default: datasets)",
-    )
-    parser.add_argument(
-        "--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its own copies (default: <data-path>/raw)"
-    )
-    parser.add_argument(
-        "--shorter-side",
-        type=int,
-        metavar="N",
-        help="shorten larger images to N pixels on the shorter side (default: files as they are); a "
-        "few times smaller, but no longer the published pixels",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="decoding threads, 0 for one per core (default: 0); the result does not depend on it",
-    )
+    add = parser.add_argument
+    add("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
+    add("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
+    add("--split", type=Path, metavar="FILE", help="split file of CoOp, split_zhou_*.json")
+    add("--data-path", type=Path, default="datasets", metavar="DIR", help="folder of the data sets (default: datasets)")
+    add("--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its copies (default: <data-path>/raw)")
+    text = "shorten larger images to N pixels on the shorter side (default: files as they are); a few times smaller, "
+    add("--shorter-side", type=int, metavar="N", help=text + "but no longer the published pixels")
+    text = "decoding threads, 0 for one per core (default: 0); the result does not depend on it"
+    add("--workers", type=int, default=0, metavar="N", help=text)
     return parser
 
 
@@ -471,11 +381,10 @@ def _samples(arguments):
             f"{split} (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md has images and split files)"
         )
     raw = arguments.raw_path or arguments.data_path / "raw"
-    copy = COPIES[name]
-    print(f"split: {copy.split}", flush=True)
+    print(f"split: {SPLITS[name]}", flush=True)
     if name in SPLIT_FILES:
         print(
-            f"which is not the paper's: for its sizes add --images {raw / copy.images} "
+            f"which is not the paper's: for its sizes add --images {raw / COPIES[name].images} "
             f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)",
             flush=True,
         )

@@ -583,7 +583,7 @@ def test_torchvision_sets_that_can_not_be_had_say_what_to_fetch(name, tmp_path, 
     monkeypatch.setattr(datasets, DATASETS[name].open.factory, no_network)
     refused(
         FileNotFoundError,
-        f"{name} is not whole in .*data.* fetch http.* unpack it so",
+        f"{name} is not whole in .*data.* fetch http.* unpack it to get",
         name,
         tmp_path / "data",
     )

@@ -1,6 +1,5 @@
 """tools.prepare_data: what becomes of a split file and of torchvision's copies, cut off or tampered with."""
 
-import dataclasses
 import io
 import json
 
@@ -9,6 +8,7 @@ from PIL import Image
 
 from data import load_task, padding_preset
 from data.ilmvp import LmdbSource, read_split
+from models.torchvision_shim import ensure_torchvision
 from tests.data.helpers import encoded_image
 from tools import prepare_data
 
@@ -170,7 +170,7 @@ def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys):
     assert not (tmp_path / "datasets" / "flowers102").exists()
     (images / "a/1.jpg").unlink()
     message = refused(capsys, *coop)
-    assert "1 images of" in message and "a/1.jpg" in message
+    assert "1 images are not in" in message and "a/1.jpg" in message
 
 
 BAD = [
@@ -212,7 +212,7 @@ def write_images(root, *paths):
 
 
 def expect_total(monkeypatch, name, total):
-    monkeypatch.setitem(prepare_data.COPIES, name, dataclasses.replace(prepare_data.COPIES[name], total=total))
+    monkeypatch.setitem(prepare_data.COPIES, name, prepare_data.COPIES[name]._replace(total=total))
 
 
 def content(folder):
@@ -284,7 +284,7 @@ def test_fgvc_aircraft_of_torchvision(tmp_path, monkeypatch, capsys):
 
 
 def test_no_network(tmp_path, monkeypatch, capsys):
-    prepare_data.ensure_torchvision()
+    ensure_torchvision()
     import torchvision.datasets.eurosat as module
 
     def offline(*arguments, **options):
