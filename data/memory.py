@@ -1,4 +1,4 @@
-"""How much memory may be used for data."""
+"""How much of the machine may be used."""
 
 import os
 from pathlib import Path
@@ -23,3 +23,8 @@ def available_memory():
     except (OSError, ValueError, KeyError):
         pass  # no container, or one without a limit
     return free
+
+
+def num_cores():
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data import class_names
-from data.sources import ArraySource, FileSource, file_stamp
+from data.sources import ArraySource, FileSource, Source, file_stamp
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TorchvisionSet:
         return self.class_names, *(TorchvisionSource(self, name, root, split) for split in ("train", "test"))
 
 
-class TorchvisionSource:
+class TorchvisionSource(Source):
     """One split of a torchvision data set, loaded (and downloaded where it is missing) when first needed.
 
     Parameters
@@ -88,12 +88,6 @@ class TorchvisionSource:
     @property
     def names(self):
         return self._source.names
-
-    def __len__(self):
-        return len(self._source)
-
-    def where(self, i):
-        return self._source.where(i)
 
     def image(self, i):
         return self._source.image(i)

@@ -40,6 +40,7 @@ from data import DATASETS, write_ilmvp
 from data.decode import open_image, upright
 from data.files import sync_folder
 from data.ilmvp import put_all, read_split
+from data.memory import num_cores
 from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
 from data.sources import file_stamp
@@ -301,7 +302,7 @@ class _Checked:
         """Check the images that were not checked before; the messages of those that can't be used."""
         todo, bad = sorted(path for path in paths if self._get(path) is None), []
         with (
-            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+            ThreadPoolExecutor(workers or num_cores()) as pool,
             tqdm(
                 total=len(paths), initial=len(paths) - len(todo), desc="checking images", unit="img", disable=None
             ) as bar,
@@ -404,8 +405,8 @@ def main(argv=None):
     prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
     print(f"{folder}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")
     info = DATASETS.get(arguments.name)
-    if info is not None and info.train and (info.train, info.test) != (len(train), len(test)):
-        print(f"published: {info.train} training and {info.test} test images, {info.classes} classes")
+    for number in () if info is None else info.unlike(train=len(train), test=len(test), classes=len(class_names)):
+        print(f"not as published: {number}")
     name = [arguments.name, "--data-path", str(arguments.data_path)] if info is not None else [f"folder:{folder}"]
     print(
         f"check it: python -m tools.check_data {shlex.quote(str(folder))}; use it: {shlex.join(['--dataset', *name])}"

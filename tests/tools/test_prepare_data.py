@@ -57,7 +57,7 @@ def refused(capsys, *arguments):
 def test_split_file_to_folder(coop, tmp_path, capsys):
     assert prepare_data.main(coop) == 0
     out = capsys.readouterr().out
-    assert "3 training and 1 test images, 2 classes" in out and "published: 4093 training and 2463 test" in out
+    assert "3 training and 1 test images, 2 classes" in out and "3 training images (published: 4093)" in out
     folder = tmp_path / "datasets" / "flowers102"
     for split in ("train", "test"):
         source = LmdbSource(folder / f"{split}.lmdb")
@@ -277,7 +277,7 @@ def test_fgvc_aircraft_of_torchvision(tmp_path, monkeypatch, capsys):
     expect_total(monkeypatch, "fgvc_aircraft", 4)
     assert prepare_data.main(["fgvc_aircraft", "--data-path", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "published: 3334 training and 3333 test images" in printed and "not the paper's" not in printed
+    assert "2 test images (published: 3333)" in printed and "not the paper's" not in printed
     names, counts, split = content(tmp_path / "fgvc_aircraft")
     assert names == ["707 320", "747 100"] and counts == {"train": {0: 1, 1: 1}, "test": {0: 1, 1: 1}}
     assert [entry[0] for entry in split["test"]] == ["4.jpg", "5.jpg"]
