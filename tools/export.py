@@ -59,7 +59,7 @@ def main(argv=None):
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
             _require_packages("onnx", "onnxscript")
-        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin)
+        run = load_run(args.run, "cpu", None, args.weights, (), args.checkpoint, args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
@@ -121,6 +121,7 @@ def export(run, out, formats):
 def describe(run):
     """What a user of the network needs to know; {"class_names", "preprocessing", "run"} to JSON texts."""
     preset, settings = run.system.presets[1], run.settings
+    resize = {"exact": "both sides to size", "shorter-side": "shorter side to size, then centre crop"}
     described = {
         "class_names": run.class_names,
         "preprocessing": {
@@ -128,9 +129,7 @@ def describe(run):
             "layout": "NCHW",
             "range": [0, 1],
             "size": preset.output_size,
-            "resize": {"exact": "both sides to size", "shorter-side": "shorter side to size, then centre crop"}[
-                preset.resize
-            ],
+            "resize": resize[preset.resize],
             "interpolation": f"{preset.interpolation}, antialiased, on 8-bit pixels (PIL)",
             "normalization": "none: it is part of the network",
         },
@@ -162,14 +161,8 @@ def _write_torch(program, file, description):
 
 
 def _write_onnx(program, file, description):
-    onnx = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props.update(description)
     onnx.save(file)
 

@@ -45,16 +45,14 @@ def main(argv=None):
         if args.top_k < 1:
             raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
         files = image_files(args.images)
-        run = load_run(
-            args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin
-        )
+        run = load_run(args.run, args.device, None, args.weights, (), args.checkpoint, args.plugin)
         for group in run.system.mapping.indistinct_labels():
             names = ", ".join(run.class_names[t] for t in group)
             warn(f"the mapping cannot tell {names} apart: only the first is ever predicted")
         predictions, unreadable = predict(run, files, args.top_k)
         for reason in unreadable:
             warn(f"left out: {reason}")
-        write = {"json": as_json, "csv": as_csv, "table": as_table}[args.format]
+        write = as_json if args.json else as_csv if args.csv else as_table
         print(write(predictions), end="")
     if unreadable:
         sys.exit(1 if predictions else 2)
@@ -63,32 +61,14 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(prog="python -m tools.predict", description=__doc__)
     add_run_arguments(parser, data=False)
-    parser.add_argument(
-        "images", metavar="IMAGE|FOLDER", nargs="+", help="image files; of a folder, all image files in it and below"
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=5,
-        metavar="K",
-        help="downstream and pretrained labels to show per image (default: 5)",
-    )
+    add, text = parser.add_argument, "image files; of a folder, all image files in it and below"
+    add("images", metavar="IMAGE|FOLDER", nargs="+", help=text)
+    text = "downstream and pretrained labels to show per image (default: 5)"
+    add("--top-k", type=int, default=5, metavar="K", help=text)
     form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "--json",
-        dest="format",
-        action="store_const",
-        const="json",
-        default="table",
-        help="print a JSON list, an object per image",
-    )
-    form.add_argument(
-        "--csv",
-        dest="format",
-        action="store_const",
-        const="csv",
-        help="print CSV: a row for the k-th label and the k-th pretrained one behind the first",
-    )
+    form.add_argument("--json", action="store_true", help="print a JSON list, an object per image")
+    text = "print CSV: a row for the k-th label and the k-th pretrained one behind the first"
+    form.add_argument("--csv", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
@@ -104,11 +84,8 @@ def image_files(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = sorted(
-                f
-                for f in path.rglob("*")
-                if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file() and not f.name.startswith(".")
-            )
+            images = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+            found = sorted(f for f in images if not f.name.startswith("."))
             if not found:
                 raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
         elif not path.exists():
@@ -144,13 +121,9 @@ def predict(run, files, top_k=5):
     predictions, readable, unreadable = [], [], []
     for source_logits, target_logits in run.logits(_batches(run.system, files, readable, unreadable)):
         for z, y in zip(source_logits, target_logits, strict=True):
-            predictions.append(
-                {
-                    "image": readable[len(predictions)],
-                    "predictions": _most_likely(y, run.class_names, top_k),
-                    "why": _explain(z, y, known, weights, centred_weights, run.source_names, top_k),
-                }
-            )
+            why = _explain(z, y, known, weights, centred_weights, run.source_names, top_k)
+            likely = _most_likely(y, run.class_names, top_k)
+            predictions.append({"image": readable[len(predictions)], "predictions": likely, "why": why})
     return predictions, unreadable
 
 
@@ -193,17 +166,12 @@ def _explain(z, y, known, weights, centred_weights, names, top_k):
     margin = float(y[winner].double() - y[known].double().mean())
     pro, contra = float(contributions.clamp(min=0).sum()), float(contributions.clamp(max=0).sum())
     top = contributions.topk(min(top_k, len(z)))
-    return {
-        "margin": margin,
-        "pro": pro,
-        "contra": contra,
-        "rest": margin - pro - contra,
-        "sources": [
-            {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
-            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            if c > 0
-        ],
-    }
+    sources = [
+        {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
+        for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        if c > 0
+    ]
+    return {"margin": margin, "pro": pro, "contra": contra, "rest": margin - pro - contra, "sources": sources}
 
 
 def contributions_to(centred_weights, z):
@@ -235,16 +203,8 @@ def as_csv(predictions):
     writer.writerow(["image", "rank", "label", "probability", "because", "contribution"])
     for p in predictions:
         for rank, (label, source) in enumerate(zip_longest(p["predictions"], p["why"]["sources"], fillvalue={}), 1):
-            writer.writerow(
-                [
-                    p["image"],
-                    rank,
-                    label.get("name"),
-                    label.get("probability"),
-                    source.get("name"),
-                    source.get("contribution"),
-                ]
-            )
+            said = label.get("name"), label.get("probability"), source.get("name"), source.get("contribution")
+            writer.writerow([p["image"], rank, *said])
     return text.getvalue()
 
 

@@ -135,7 +135,9 @@ def normalise(grid, allow_variants=True):
         if any(isinstance(each, (dict, list)) for each in values):
             raise ValueError(f"{key} takes a value or a list of values, got {value!r}")
         if name == "script":
-            _check_scripts(values)
+            for script in values:
+                if script not in SCRIPTS:
+                    raise ValueError(f"unknown script {script!r}; allowed are {', '.join(SCRIPTS)}")
         elif settings[name].affects != "result" and len(values) > 1:
             raise ValueError(f"{key} takes one value: it does not tell runs apart")
         elif isinstance(settings[name].default, bool) and any(not isinstance(each, bool) for each in values):
@@ -148,12 +150,6 @@ def override(grid, values):
     """The grid with ``values`` (a grid as well) in place of its own, also within its variants."""
     variants = [{k: v for k, v in variant.items() if k not in values} for variant in grid.get("variants", [{}])]
     return {**grid, **values, "variants": variants}
-
-
-def _check_scripts(values):
-    for script in values:
-        if script not in SCRIPTS:
-            raise ValueError(f"unknown script {script!r}; allowed are {', '.join(SCRIPTS)}")
 
 
 def expand(grid, elsewhere=False):

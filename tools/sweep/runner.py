@@ -41,19 +41,10 @@ class LocalRunner:
                 environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
             elif self.parallel > 1:
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.parallel)))
+            # a session of its own: Ctrl-C reaches this process alone, which then asks each run to end, once
+            how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
             with open(cell.log, "ab") as log:
-                # a session of its own: Ctrl-C reaches this process alone, which then asks each run to end, once
-                self._processes[cell.name] = (
-                    slot,
-                    subprocess.Popen(
-                        cell.command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    ),
-                )
+                self._processes[cell.name] = slot, subprocess.Popen(cell.command, env=environment, stdout=log, **how)
 
     def exit_code(self, cell):
         """None while the run is not over."""
