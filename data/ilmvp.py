@@ -81,21 +81,17 @@ class LmdbSource:
         return [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
 
     def _open(self):
-        opened = self._opened
-        if opened is None:
+        if self._opened is None:
             self.require()
             try:
-                opened = self._opened = LmdbFile(self.file)
+                self._opened = LmdbFile(self.file)
             except ValueError as error:
-                raise ValueError(
-                    f"{self.file} is not an LMDB file ({error}); it is damaged or only half copied; copy or download "
-                    "it again"
-                ) from None
-        return opened
+                reason = f"is not an LMDB file ({error}); it is damaged or only half copied"
+                raise ValueError(f"{self.file} {reason}; copy or download it again") from None
+        return self._opened
 
     def _record(self, key, kind, max_opcodes=64):
-        where = f"{self.file}, key {_short(key)}"
-        opened = self._open()
+        where, opened = f"{self.file}, key {_short(key)}", self._open()
         try:
             value = opened.get(key, MAX_RECORD_BYTES)
         except ValueError as error:
@@ -104,9 +100,8 @@ class LmdbSource:
             raise ValueError(f"{where}: no such key; the file is not a whole ILM-VP LMDB, prepare it again")
         record = restricted_loads(value, where, max_opcodes)
         if type(record) is not kind:
-            raise ValueError(
-                f"{where}: holds a {type(record).__name__}, expected {kind.__name__}; prepare this file again"
-            )
+            found = type(record).__name__
+            raise ValueError(f"{where}: holds a {found}, expected {kind.__name__}; prepare this file again")
         return record
 
     @property
@@ -121,9 +116,8 @@ class LmdbSource:
                     f"{self.file}: __len__ is {_bounded(count)}, __keys__ has {len(keys)} and "
                     f"the file {entries} entries; expected one number above 0; prepare this file again"
                 )
-            for key in keys:
-                if type(key) is not bytes or not 0 < len(key) <= 511:
-                    raise ValueError(f"{self.file}: __keys__ holds something other than keys; prepare it again")
+            if not all(type(key) is bytes and 0 < len(key) <= 511 for key in keys):
+                raise ValueError(f"{self.file}: __keys__ holds something other than keys; prepare it again")
             if len(set(keys)) != count:
                 raise ValueError(f"{self.file}: __keys__ names a key twice; prepare this file again")
             self._index = keys
@@ -147,10 +141,8 @@ class LmdbSource:
         if len(record) != 2 or type(record[0]) is not bytes or type(record[1]) is not int:
             raise ValueError(f"{self.where(i)}: expected (image bytes, int label); prepare this file again")
         if not 0 <= record[1] < MAX_CLASSES:
-            raise ValueError(
-                f"{self.where(i)}: label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}; "
-                "prepare this file again"
-            )
+            found = f"label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}"
+            raise ValueError(f"{self.where(i)}: {found}; prepare this file again")
         return record
 
     @property

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -331,25 +332,19 @@ def load_task(
     if validation_fraction and None not in (train_preset, test_preset):
         parts["validation"] = ("train", test_preset)
     parts = {part: (split, preset) for part, (split, preset) in parts.items() if preset is not None}
-    files = {}
-    for part, (split, preset) in parts.items():
-        source = getattr(opened, split)
-        in_memory = isinstance(source, sources.ArraySource)  # made on the spot: nothing worth keeping on disk
-        if not (cache_path is None or in_memory):
-            files[part] = Path(cache_path) / _cache_name(name, split, source, preset)
+    files = {
+        (split, preset.storage): _cache_file(cache_path, name, split, getattr(opened, split), preset)
+        for split, preset in parts.values()
+    }
     image_sets, decoded = dict.fromkeys(("train", "test", "validation")), {}
-    with all_or_none(files.values()):
+    with all_or_none(filter(None, files.values())):
         for part, (split, preset) in parts.items():
-            if (split, preset.storage) not in decoded:
-                decoded[split, preset.storage] = stored_images(
-                    getattr(opened, split),
-                    preset,
-                    files.get(part),
-                    threads=workers or min(num_cores(), 32),
-                    progress=progress,
-                    check=lambda labels, split=split: _check_labels(opened, split, labels),
-                )
-            image_sets[part] = decoded[split, preset.storage]
+            key = split, preset.storage
+            if key not in decoded:
+                how = {"threads": workers or min(num_cores(), 32), "progress": progress}
+                check = partial(_check_labels, opened, split)
+                decoded[key] = stored_images(getattr(opened, split), preset, files[key], check=check, **how)
+            image_sets[part] = decoded[key]
     if test_fraction is not None:
         _draw_test_set(image_sets, class_names, test_fraction, seed)
     if None not in (image_sets["train"], image_sets["test"]):
@@ -377,11 +372,13 @@ def _check_labels(opened, split, labels):
         )
 
 
-def _cache_name(name, split, source, preset):
-    """File name of a cache: readable, and different for sources at different places."""
+def _cache_file(folder, name, split, source, preset):
+    """Where a split is cached, under a name that can be read and differs for sources at different places, or None."""
+    if folder is None or isinstance(source, sources.ArraySource):  # made on the spot: nothing worth keeping on disk
+        return None
     place = hashlib.sha256(os.fsencode(source.place)).hexdigest()[:8]
     label = re.sub(r"[^A-Za-z0-9]+", "-", name.removeprefix(FOLDER_PREFIX)).strip("-")[-40:]
-    return f"{label}-{split}-{preset.storage}-{place}.npy"
+    return Path(folder) / f"{label}-{split}-{preset.storage}-{place}.npy"
 
 
 def _draw_test_set(image_sets, class_names, test_fraction, seed):

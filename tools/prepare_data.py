@@ -255,11 +255,8 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
             )
         for draft in (*partial.glob(".whole.*"), *partial.glob("whole")):
             shutil.rmtree(draft)
-        splits = {
-            split: ((checked.encoded(path), label, name) for path, label, name in samples)
-            for split, samples in (("train", train), ("test", test))
-        }
-        write_ilmvp(partial / "whole", **splits, class_names=class_names)
+        splits = [((checked.encoded(path), label, name) for path, label, name in samples) for samples in (train, test)]
+        write_ilmvp(partial / "whole", train=splits[0], test=splits[1], class_names=class_names)
         os.replace(partial / "whole", folder)
         sync_folder(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)

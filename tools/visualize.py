@@ -188,24 +188,24 @@ class Drawing:
         axes = figure.subplots(
             len(self.chosen), examples + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * examples + [2.4]}
         )
-        limit = 1.04 * max((abs(w) for top in tops for _, w in top), default=1)
-        signed = any(w < 0 for top in tops for _, w in top)
+        weights = [w for top in tops for _, w in top]
+        limit, signed = 1.04 * max(map(abs, weights), default=1), min(weights, default=0) < 0
         for line, label, top in zip(axes, self.chosen, tops, strict=True):
-            *places, weights = line
+            *places, bars = line
             for axis, image in zip_longest(places, self._test_images(label, examples)):
                 _show(axis, None if image is None else image.permute(1, 2, 0).numpy())
             places[0].set_title(_short(self.class_names[label], 60), loc="left", fontweight="bold")
             names = [_short(self.source_names[s], 40) for s, _ in top]
-            bars = weights.barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", lw=0.4)
-            for bar, (_, w) in zip(bars, top, strict=True):
+            drawn = bars.barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", lw=0.4)
+            for bar, (_, w) in zip(drawn, top, strict=True):
                 if w < 0:
                     bar.set(facecolor="white", edgecolor="#b4531f", hatch="/////")
-            weights.axvline(0, color="black", linewidth=0.6)
-            weights.set_yticks(range(len(top)), names, fontsize=6.5)
-            weights.set(xlim=(-limit if signed else 0, limit), ylim=(max(map(len, tops)) - 0.4, -0.6))
-            weights.tick_params(axis="y", length=0)
-            weights.tick_params(axis="x", labelbottom=label == self.chosen[-1])
-        weights.set_xlabel("weight ω\n(hatched: speaks against the label)" if signed else "weight ω")
+            bars.axvline(0, color="black", linewidth=0.6)
+            bars.set_yticks(range(len(top)), names, fontsize=6.5)
+            bars.set(xlim=(-limit if signed else 0, limit), ylim=(max(map(len, tops)) - 0.4, -0.6))
+            bars.tick_params(axis="y", length=0)
+            bars.tick_params(axis="x", labelbottom=label == self.chosen[-1])
+        bars.set_xlabel("weight ω\n(hatched: speaks against the label)" if signed else "weight ω")
         return figure, {
             self.class_names[t]: [{"label": s, "name": self.source_names[s], "weight": w} for s, w in top]
             for t, top in zip(self.chosen, tops, strict=True)
