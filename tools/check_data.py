@@ -27,8 +27,6 @@ from data.registry import FOLDER_PREFIX, find_folder, open_ilmvp
 from data.sources import BadFolders, class_folders
 from tools.training.plugins import load_plugin_of
 
-FAULTS_LISTED = 100  # of names and links, before any image is looked at
-
 
 def check_folder(path, name=None, workers=0):
     """Findings about a folder of images.
@@ -62,8 +60,7 @@ def check_folder(path, name=None, workers=0):
     try:
         train, test, class_names = class_folders(path)
     except BadFolders as error:
-        more = [f"and {len(error.faults) - FAULTS_LISTED} more"] if len(error.faults) > FAULTS_LISTED else []
-        return str(path), error.faults[:FAULTS_LISTED] + more
+        return str(path), error.faults
     return _check(path.name, {"train": train, "test": test}, workers, DATASETS.get(name), class_names=class_names)
 
 

@@ -10,8 +10,6 @@ Calibration is the expected calibration error (Guo et al., 2017): over 15 bins o
 probability, the mean distance of accuracy from confidence, weighted by the bins' shares of the images.
 """
 
-import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tools.console import Parser, one_line_warnings, user_errors, warn
+from tools.console import Parser, as_csv, one_line_warnings, user_errors, warn
 from data import BatchLoader
 from data.files import printable, write_json, write_text
 from tools.training.finished import add_run_arguments, load_run
@@ -58,7 +56,8 @@ def main(argv=None):
         measured, table = out / f"evaluation{suffix}.json", out / f"confusion{suffix}.csv"
         write_json(measured, evaluation)
         counts = confusion(ranking(logits)[:, 0], labels, len(run.class_names))
-        write_text(table, as_csv(counts, run.class_names))
+        rows = ([name, *row] for name, row in zip(run.class_names, counts.tolist(), strict=True))
+        write_text(table, as_csv([["true \\ predicted", *run.class_names], *rows]))
         written = f"\n\nwritten: {measured}, {table}"
         print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation, run.state) + written)
 
@@ -174,15 +173,6 @@ def calibration(logits, labels, num_bins=CALIBRATION_BINS):
         {"num_samples": int(n), "confidence": c / n if n else None, "accuracy": h / n if n else None}
         for n, c, h in zip(counts.tolist(), confidences.tolist(), hits.tolist(), strict=True)
     ]
-
-
-def as_csv(counts, class_names):
-    """The confusion matrix with the true labels' names in the first column and the predicted ones' in the first row."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *class_names])
-    writer.writerows([name, *row] for name, row in zip(class_names, counts.tolist(), strict=True))
-    return text.getvalue()
 
 
 def as_table(evaluation, state):

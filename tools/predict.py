@@ -18,8 +18,6 @@ inactive one less. Of labels with equal logits the smallest wins.
 An image that cannot be read is left out with a warning; the exit code is then 1, and 2 where no image is left.
 """
 
-import csv
-import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from tools.console import Parser, one_line_warnings, user_errors, warn
+from tools.console import Parser, as_csv, one_line_warnings, user_errors, warn
 from data import BatchLoader, ImageSet
 from data.files import printable
 from data.sources import IMAGE_SUFFIXES, FileSource
@@ -52,8 +50,10 @@ def main(argv=None):
         predictions, unreadable = predict(run, files, args.top_k)
         for reason in unreadable:
             warn(f"left out: {reason}")
-        write = as_json if args.json else as_csv if args.csv else as_table
-        print(write(predictions), end="")
+        if args.json:
+            print(json.dumps(predictions, indent=2))
+        else:
+            print(as_csv(as_rows(predictions)) if args.csv else as_table(predictions), end="")
     if unreadable:
         sys.exit(1 if predictions else 2)
 
@@ -192,20 +192,13 @@ def contributions_to(centred_weights, z):
     return centred_weights.double() * (z - z.mean())
 
 
-def as_json(predictions):
-    return json.dumps(predictions, indent=2) + "\n"
-
-
-def as_csv(predictions):
-    """A row for each image and rank, with the header ``image, rank, label, probability, because, contribution``."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "probability", "because", "contribution"])
+def as_rows(predictions):
+    """For CSV: a head, and a row for each image and rank."""
+    yield "image", "rank", "label", "probability", "because", "contribution"
     for p in predictions:
         for rank, (label, source) in enumerate(zip_longest(p["predictions"], p["why"]["sources"], fillvalue={}), 1):
             said = label.get("name"), label.get("probability"), source.get("name"), source.get("contribution")
-            writer.writerow([p["image"], rank, *said])
-    return text.getvalue()
+            yield p["image"], rank, *said
 
 
 def as_table(predictions):

@@ -1,7 +1,6 @@
 """From cells to finished runs: what state each is in, the loop that starts and follows them, what is left to do."""
 
 import json
-import os
 import shlex
 import signal
 import time
@@ -81,10 +80,10 @@ class Job:
 
     def log_error(self):
         """The last error that this attempt wrote, or else its last line."""
-        with suppress(OSError), open(self.cell.log, "rb") as log:
-            log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 65536))
-            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-            return next((line for line in reversed(lines) if line.startswith("error: ")), (lines or [""])[-1])
+        with suppress(OSError):
+            text = self.cell.log.read_bytes()[self.log_start :].decode("utf-8", "replace")
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1]
         return ""
 
 
