@@ -78,16 +78,8 @@ def test_logits(run):
     run : tools.training.finished.FinishedRun
         Loaded with its test set.
     """
-    loader = BatchLoader(
-        run.system.task.test,
-        run.system.presets[1],
-        run.settings.batch_size,
-        run.system.device,
-        shuffle=False,
-        seed=run.settings.seed,
-        purpose="test",
-    )
-    labels = []
+    system, size, how = run.system, run.settings.batch_size, {"shuffle": False, "seed": 0, "purpose": "test"}
+    loader, labels = BatchLoader(system.task.test, system.presets[1], size, system.device, **how), []
 
     def images():
         for batch in tqdm(loader.epoch(0), "test", len(loader), leave=False, disable=not sys.stderr.isatty()):
@@ -125,13 +117,13 @@ def measure(logits, labels, class_names):
     predicted = top[:, 0]
     counts = confusion(predicted, labels, num_target)
     bins = calibration(logits, labels)
+    distances = [b["num_samples"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["num_samples"]]
     return {
         "num_samples": len(labels),
         "accuracy": int((predicted == labels).sum()) / len(labels),
         "top5_accuracy": int((top == labels[:, None]).sum()) / len(labels),
         "log_loss": float(torch.nn.functional.cross_entropy(logits.double(), labels)),
-        "ece": sum(b["num_samples"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["num_samples"])
-        / len(labels),
+        "ece": sum(distances) / len(labels),
         "calibration": bins,
         "classes": [_class(counts[t], t, class_names) for t in range(num_target)],
     }
@@ -165,13 +157,10 @@ def calibration(logits, labels, num_bins=CALIBRATION_BINS):
     confidence, predicted = logits.double().softmax(1).amax(1), ranking(logits)[:, 0]
     bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
     correct = (predicted == labels).double()
-    counts, confidences, hits = (
-        torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, values)
-        for values in (torch.ones_like(correct), confidence, correct)
-    )
+    sums = (torch.bincount(bins, values, num_bins).tolist() for values in (None, confidence, correct))
     return [
-        {"num_samples": int(n), "confidence": c / n if n else None, "accuracy": h / n if n else None}
-        for n, c, h in zip(counts.tolist(), confidences.tolist(), hits.tolist(), strict=True)
+        {"num_samples": n, "confidence": c / n if n else None, "accuracy": h / n if n else None}
+        for n, c, h in zip(*sums, strict=True)
     ]
 
 

@@ -340,13 +340,9 @@ def _first(items, separator=", ", limit=3):
 
 
 def _build_parser():
-    splits = "\n".join(f"  {name:14}{split}" for name, split in SPLITS.items())
-    parser = Parser(
-        prog="python -m tools.prepare_data",
-        usage="%(prog)s NAME [options]",
-        description=__doc__,
-        epilog=f"splits of torchvision's copies:\n{splits}",
-    )
+    splits = "\n".join(["splits of torchvision's copies:", *(f"  {name:14}{split}" for name, split in SPLITS.items())])
+    how = {"usage": "%(prog)s NAME [options]", "description": __doc__, "epilog": splits}
+    parser = Parser(prog="python -m tools.prepare_data", **how)
     add = parser.add_argument
     add("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
     add("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
@@ -381,11 +377,8 @@ def _samples(arguments):
     raw = arguments.raw_path or arguments.data_path / "raw"
     print(f"split: {SPLITS[name]}", flush=True)
     if name in SPLIT_FILES:
-        print(
-            f"which is not the paper's: for its sizes add --images {raw / COPIES[name].images} "
-            f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)",
-            flush=True,
-        )
+        use = f"--images {raw / COPIES[name].images} --split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)"
+        print(f"which is not the paper's: for its sizes add {use}", flush=True)
     return torchvision_samples(name, raw)
 
 
@@ -402,12 +395,11 @@ def main(argv=None):
     prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
     print(f"{folder}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")
     info = DATASETS.get(arguments.name)
-    for number in () if info is None else info.unlike(train=len(train), test=len(test), classes=len(class_names)):
-        print(f"not as published: {number}")
+    if info and (other := info.unlike(train=len(train), test=len(test), classes=len(class_names))):
+        print(f"not as published: {', '.join(other)}")
     name = [arguments.name, "--data-path", str(arguments.data_path)] if info is not None else [f"folder:{folder}"]
-    print(
-        f"check it: python -m tools.check_data {shlex.quote(str(folder))}; use it: {shlex.join(['--dataset', *name])}"
-    )
+    print("check it:", shlex.join(["python", "-m", "tools.check_data", str(folder)]))
+    print("use it:", shlex.join(["--dataset", *name]))
     return 0
 
 
