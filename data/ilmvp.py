@@ -187,7 +187,8 @@ def read_split(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it gives the class names, fetch it with the LMDB files")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; expected a JSON file of the images' labels and class names")
     again = "fetch or prepare it again"
     if path.stat().st_size > MAX_SPLIT_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}")

@@ -61,12 +61,14 @@ class FileSource(Source):
         self.names = [printable(path) for path in paths]
 
     def image(self, i):
-        size = self._paths[i].stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(
-                f"{self.where(i)}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; store a smaller one"
-            )
-        return upright(open_image(self._paths[i].read_bytes(), self.where(i)))
+        path, where = self._paths[i], self.where(i)
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ValueError(f"{where}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; store a smaller one")
+            return upright(open_image(path.read_bytes(), where))
+        except OSError as error:
+            raise ValueError(f"{where}: {error.strerror}; restore or remove this image") from error
 
     def fingerprint(self):
         stamps = json.dumps([file_stamp(path) for path in self._paths] + self.labels.tolist())

@@ -69,7 +69,7 @@ def check_named(name, data_path=None, workers=0):
     check_dataset_name(name)
     if name not in DATASETS:
         return check_folder(find_folder(name, data_path), workers=workers)
-    data_path = data_path or Path("datasets")
+    data_path = Path(data_path or "datasets")
     info, folder = DATASETS[name], data_path / name
     if info.open is open_ilmvp and folder.is_dir():  # more is said of damaged ones
         return check_folder(folder, name, workers)

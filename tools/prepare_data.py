@@ -45,6 +45,7 @@ from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
 from data.sources import file_stamp
 from data.torchvision_sets import load_torchvision
+from tools.training.run_folder import check_writable
 
 JPEG_QUALITY = 95  # of shortened photographs
 _CHUNK = 256  # images between two commits: what an interruption costs
@@ -185,7 +186,7 @@ def torchvision_samples(name, raw_path):
         part = load_torchvision(copy.factory, raw_path, [root], name, ADDRESSES[name], **split)
         files = getattr(part, "_image_files", None) or getattr(part, "_images", None)
         pairs = list(zip(files, part._labels, strict=True)) if files else part.samples
-        return sorted((Path(path), label) for path, label in pairs), part.classes
+        return sorted((str(path), label) for path, label in pairs), part.classes
 
     if copy.test is not None:
         everything, classes = load()
@@ -203,7 +204,7 @@ def torchvision_samples(name, raw_path):
         classes = [EUROSAT_NAMES.get(each, each) for each in classes]
     if name == "sun397":  # "apartment_building/outdoor" is an outdoor apartment building
         classes = [" ".join(reversed(each.split("/"))) for each in classes]
-    sets = [[(path, label, path.relative_to(root).as_posix()) for path, label in pairs] for pairs in parts]
+    sets = [[(Path(p), label, Path(p).relative_to(root).as_posix()) for p, label in pairs] for pairs in parts]
     _require_files(sets, root, f"an unpacking was cut off: {again}")
     return *sets, list(classes)
 
@@ -391,6 +392,7 @@ def main(argv=None):
             raise FileExistsError(f"{folder} exists and is no ILM-VP folder; move it, or take another --data-path")
         print(f"{folder} is there already and left alone; remove it to prepare it again")
         return 0
+    check_writable(folder, "--data-path")
     train, test, class_names = _samples(arguments)
     prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
     print(f"{folder}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")

@@ -20,7 +20,6 @@ What cannot be drawn is named with the reason, and left out.
 
 import csv
 import difflib
-import json
 import math
 import warnings
 from itertools import zip_longest
@@ -34,10 +33,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools.console import Parser, one_line_warnings, user_errors, warn
-from data.files import printable, read_json
+from data.files import printable, read_json, write_json
 from data.image_set import take
 from mapping import MAPPINGS
 from tools.training.finished import add_run_arguments, load_run
+from tools.training.run_folder import check_writable
 
 STYLE = {
     "font.size": 8,
@@ -510,7 +510,7 @@ def draw(run, chosen, folder, checkpoint="last"):
             figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
             figure.savefig(folder / f"{name}.png")
             yield name, None
-    (folder / "figures.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_json(folder / "figures.json", numbers)
 
 
 @user_errors()
@@ -525,6 +525,7 @@ def main(argv=None):
         run = load_run(args.run, args.device, args.data_path, args.weights, ("test",), args.checkpoint, args.plugin)
         chosen = find_labels(dict.fromkeys(args.label), run.class_names) or spread(LABELS_SHOWN, len(run.class_names))
         folder = Path(args.out or run.folder / "figures")
+        check_writable(folder, "--out")
         for name, left_out in draw(run, chosen, folder, args.checkpoint):
             if left_out:
                 warn(f"{name} is left out: {left_out}")

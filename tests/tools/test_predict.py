@@ -167,6 +167,7 @@ def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
     (tmp_path / "none\x1b[2J.jpg").write_text("not an image")
     whole = (photos / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "gone.png").symlink_to("absent.png")
     good = printed_json(capsys, vm_run, photos)
     with pytest.raises(SystemExit) as caught:
         predict.main([str(vm_run), str(tmp_path), str(photos), "--json"])
@@ -175,7 +176,8 @@ def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
     assert caught.value.code == 1 and [p["image"] for p in left] == [p["image"] for p in good]
     for one, other in zip(left, good, strict=True):
         assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-6)
-    one, other = printed.err.splitlines()
+    one, gone, other = printed.err.splitlines()
+    assert gone == f"warning: left out: {tmp_path}/gone.png: No such file or directory; restore or remove this image"
     assert one.startswith("warning: left out: ") and "cut.png: not a readable image" in one
     assert "not a readable image" in other and r"none\x1b[2J.jpg" in other
     with pytest.raises(SystemExit) as caught:

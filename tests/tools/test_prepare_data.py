@@ -176,6 +176,8 @@ def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys):
 BAD = [
     (["--images", "absent", "--split", "absent"], "absent is not a folder"),
     (["--images", "."], "go together"),
+    (["--images", ".", "--split", "."], ". is a folder; expected a JSON file"),
+    (["--data-path", "/proc/version"], "/proc/version is a file; choose another --data-path"),
     (["--shorter-side", "0"], "1 or more"),
     (["--workers", "x"], "--workers"),
     (["--worker", "2"], "did you mean --workers?"),

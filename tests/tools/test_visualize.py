@@ -282,6 +282,10 @@ def test_bad_input(vm_run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert stop.value.code == 2 and said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit):
+        visualize.main([str(vm_run), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err.endswith("out is a file; choose another --out\n")
 
 
 def test_help_of_the_command():
