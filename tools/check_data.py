@@ -28,7 +28,7 @@ from data.sources import BadFolders, class_folders
 from tools.training.plugins import load_plugin_of
 
 
-def check_folder(path, name=None, workers=0):
+def check_folder(path, name=None):
     """Findings about a folder of images.
 
     Parameters
@@ -37,8 +37,6 @@ def check_folder(path, name=None, workers=0):
         ILM-VP folder, or one with ``train/<class>/*`` and ``test/<class>/*``, or with ``<class>/*``.
     name : str, optional
         Data set whose published sizes are compared, where there are any.
-    workers : int
-        Decoding threads, 0 for one per core.
 
     Returns
     -------
@@ -56,28 +54,28 @@ def check_folder(path, name=None, workers=0):
     parts = ("train.lmdb", "test.lmdb", "split.json")
     if any((path / part).exists() for part in parts):
         sources = {split: LmdbSource(path / f"{split}.lmdb") for split in ("train", "test")}
-        return _check(path.name, sources, workers, DATASETS.get(name), path / "split.json")
+        return _check(path.name, sources, DATASETS.get(name), path / "split.json")
     try:
         train, test, class_names = class_folders(path)
     except BadFolders as error:
         return str(path), error.faults
-    return _check(path.name, {"train": train, "test": test}, workers, DATASETS.get(name), class_names=class_names)
+    return _check(path.name, {"train": train, "test": test}, DATASETS.get(name), class_names=class_names)
 
 
-def check_named(name, data_path=None, workers=0):
+def check_named(name, data_path=None):
     """Findings about a data set that can be trained on; as `check_folder`."""
     check_dataset_name(name)
     if name not in DATASETS:
-        return check_folder(find_folder(name, data_path), workers=workers)
+        return check_folder(find_folder(name, data_path))
     data_path = Path(data_path or "datasets")
     info, folder = DATASETS[name], data_path / name
     if info.open is open_ilmvp and folder.is_dir():  # more is said of damaged ones
-        return check_folder(folder, name, workers)
+        return check_folder(folder, name)
     class_names, train, test, *_ = info.open(name, data_path)
-    return _check(name, {"train": train, "test": test}, workers, info, class_names=class_names)
+    return _check(name, {"train": train, "test": test}, info, class_names=class_names)
 
 
-def _check(title, sources, workers, published, split_file=None, class_names=None):
+def _check(title, sources, published, split_file=None, class_names=None):
     findings, labels, counts = [], {}, None
     if split_file is not None:
         try:
@@ -88,7 +86,7 @@ def _check(title, sources, workers, published, split_file=None, class_names=None
         if source is None:
             continue
         try:
-            labels[split], bad = _examine(source, workers)
+            labels[split], bad = _examine(source)
         except (FileNotFoundError, ValueError) as error:  # the file as a whole
             findings.append(str(error))
             continue
@@ -113,7 +111,7 @@ def _check(title, sources, workers, published, split_file=None, class_names=None
     return f"{title}: {', '.join(sizes) or 'nothing readable'}", findings
 
 
-def _examine(source, workers):
+def _examine(source):
     """Labels ((N,) int64, -1 where the record is unreadable) and the messages of all unreadable or empty images."""
     lmdb = isinstance(source, LmdbSource)
 
@@ -132,7 +130,7 @@ def _examine(source, workers):
             return label, f"{source.where(i)}: all pixels are {image.getpixel((0, 0))}; replace or remove this image"
         return label, None
 
-    with ThreadPoolExecutor(workers or num_cores()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         examined = pool.map(examine, range(len(source)))
         results = list(tqdm(examined, f"checking {source.title}", len(source), unit="img", disable=None))
     labels = np.array([label for label, _ in results], dtype=np.int64)
@@ -159,7 +157,6 @@ def main(argv=None):
     add("--dataset", metavar="NAME", help="check the data set that the scripts train on by this name")
     text = "with --dataset: folder that holds the data sets (default: datasets), or a moved folder:PATH"
     add("--data-path", type=Path, metavar="DIR", help=text)
-    add("--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one per core (default: 0)")
     add("--plugin", metavar="FILE", help="Python file that registers a data set of your own")
     load_plugin_of(argv)
     args = parser.parse_args(argv)
@@ -168,13 +165,11 @@ def main(argv=None):
             raise ValueError("give either PATH or --dataset NAME")
         if args.path is not None and args.data_path is not None:
             raise ValueError("--data-path goes with --dataset NAME; PATH is taken as it is")
-        if args.workers < 0:
-            raise ValueError(f"--workers must be 0 or more, got {args.workers}")
         if args.dataset is None:
             path = Path(args.path.removeprefix(FOLDER_PREFIX)).expanduser()
-            summary, findings = check_folder(path, Path(os.path.realpath(path)).name, args.workers)
+            summary, findings = check_folder(path, Path(os.path.realpath(path)).name)
         else:
-            summary, findings = check_named(args.dataset, args.data_path, args.workers)
+            summary, findings = check_named(args.dataset, args.data_path)
     print(summary)
     for finding in findings:
         print(f"- {finding}")

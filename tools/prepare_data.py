@@ -219,7 +219,7 @@ def _draw(pairs, train, test):
     return chosen
 
 
-def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
+def prepare(folder, train, test, class_names, shorter_side=None):
     """Write an ILM-VP folder from image files, going on where an earlier call was cut off.
 
     Until it is whole, everything lies in ``.<name>.partial`` beside it: first which images were found readable (with
@@ -236,8 +236,6 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
         Images with a longer shorter side are resized to it, in pixels, aspect kept; JPEG, WEBP and AVIF become JPEG of
         quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are,
         unless their EXIF orientation turns them: records are read without it.
-    workers : int
-        Decoding threads, 0 for one per core.
 
     Raises
     ------
@@ -246,7 +244,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
     """
     partial = folder.parent / f".{folder.name}.partial"
     with _held(partial), closing(_Checked(partial / "checked.lmdb", shorter_side)) as checked:
-        bad = checked.check_all({path for path, _, _ in (*train, *test)}, workers)
+        bad = checked.check_all({path for path, _, _ in (*train, *test)})
         if bad:
             raise ValueError(
                 f"{len(bad)} images can't be used: {_first(bad, '; ')}; nothing was written but {partial}, which "
@@ -294,11 +292,11 @@ class _Checked:
         """The bytes to store for an image that was found readable."""
         return self._get(path) or path.read_bytes()
 
-    def check_all(self, paths, workers):
+    def check_all(self, paths):
         """Check the images that were not checked before; the messages of those that can't be used."""
         todo, bad = sorted(path for path in paths if self._get(path) is None), []
         with (
-            ThreadPoolExecutor(workers or num_cores()) as pool,
+            ThreadPoolExecutor(num_cores()) as pool,
             tqdm(
                 total=len(paths), initial=len(paths) - len(todo), desc="checking images", unit="img", disable=None
             ) as bar,
@@ -350,8 +348,6 @@ def _build_parser():
     add("--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its copies (default: <data-path>/raw)")
     text = "shorten larger images to N pixels on the shorter side (default: files as they are); a few times smaller, "
     add("--shorter-side", type=int, metavar="N", help=text + "but no longer the published pixels")
-    text = "decoding threads, 0 for one per core (default: 0); the result does not depend on it"
-    add("--workers", type=int, default=0, metavar="N", help=text)
     return parser
 
 
@@ -363,8 +359,8 @@ def _samples(arguments):
         raise ValueError(f"{name} needs no preparation: the scripts read it as it is")
     if (arguments.images is None) != (arguments.split is None):
         raise ValueError("--images and --split go together: the paths of the split file start at the image folder")
-    if arguments.workers < 0 or (arguments.shorter_side is not None and arguments.shorter_side < 1):
-        raise ValueError("--workers must be 0 or more, --shorter-side 1 or more")
+    if arguments.shorter_side is not None and arguments.shorter_side < 1:
+        raise ValueError(f"--shorter-side must be 1 or more, got {arguments.shorter_side}")
     if arguments.images is not None:
         return coop_samples(arguments.images, arguments.split)
     if name not in COPIES:
@@ -392,7 +388,7 @@ def main(argv=None):
         return 0
     check_writable(folder, "--data-path")
     train, test, class_names = _samples(arguments)
-    prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
+    prepare(folder, train, test, class_names, arguments.shorter_side)
     print(f"{folder}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")
     info = DATASETS.get(arguments.name)
     if info and (other := info.unlike(train=len(train), test=len(test), classes=len(class_names))):

@@ -121,10 +121,10 @@ def test_wrong_logits_are_never_kept(rlm_run, tmp_path, capsys, monkeypatch):
 
 def test_missing_packages_are_named(vm_run, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a))
     with pytest.raises(SystemExit) as caught:
         export.main([str(vm_run), "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1
-    assert "pip install onnxscript" in error and "--format torch" in error
+    assert "pip install onnxruntime" in error and "--format torch" in error
     assert list(tmp_path.iterdir()) == []

@@ -179,8 +179,8 @@ BAD = [
     (["--images", ".", "--split", "."], ". is a folder; expected a JSON file"),
     (["--data-path", "/proc/version"], "/proc/version is a file; choose another --data-path"),
     (["--shorter-side", "0"], "1 or more"),
-    (["--workers", "x"], "--workers"),
-    (["--worker", "2"], "did you mean --workers?"),
+    (["--shorter-side", "x"], "--shorter-side"),
+    (["--shorter", "2"], "did you mean --shorter-side?"),
 ]
 
 
