@@ -26,6 +26,7 @@ from data.decode import open_image
 from data.files import printable, written_whole
 from data.lmdb_file import LmdbFile
 from data.restricted_pickle import MAX_RECORD_BYTES, restricted_loads
+from data.sources import file_stamp
 
 MAX_SPLIT_BYTES = 256 << 20
 MAX_CLASSES = 1_000_000
@@ -77,8 +78,7 @@ class LmdbSource:
 
     def fingerprint(self):
         """Changes when the file does: path, size in bytes, modification time in ns."""
-        status = self.file.stat()
-        return [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
+        return file_stamp(self.file)
 
     def _open(self):
         if self._opened is None:

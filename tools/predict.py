@@ -61,10 +61,9 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(prog="python -m tools.predict", description=__doc__)
     add_run_arguments(parser, data=False)
-    add, text = parser.add_argument, "image files; of a folder, all image files in it and below"
-    add("images", metavar="IMAGE|FOLDER", nargs="+", help=text)
-    text = "downstream and pretrained labels to show per image (default: 5)"
-    add("--top-k", type=int, default=5, metavar="K", help=text)
+    add = parser.add_argument
+    add("images", metavar="IMAGE|FOLDER", nargs="+", help="image files; of a folder, all image files in it and below")
+    add("--top-k", type=int, default=5, metavar="K", help="labels of either kind to show per image (default: 5)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list, an object per image")
     text = "print CSV: a row for the k-th label and the k-th pretrained one behind the first"

@@ -35,12 +35,11 @@ from tools.training.run_folder import check_writable
 def _build_parser():
     usage = "%(prog)s [GRID.yaml] [options] [settings]"
     parser = Parser(prog="python -m tools.sweep", usage=usage, description=__doc__)
-    add, text = parser.add_argument, "grid file; its keys are the settings below, its values one or a list; "
-    text += "'variants' is a list of smaller grids to join with the rest"
-    add("grid", nargs="?", metavar="GRID.yaml", help=text)
+    add = parser.add_argument
+    text = "grid file; its keys are the settings below, its values one or a list; 'variants' is a list of smaller "
+    add("grid", nargs="?", metavar="GRID.yaml", help=text + "grids to join with the rest")
     add("--dry-run", action="store_true", help="print the runs and their commands; run nothing")
-    text = "runs at a time (default: one per GPU, or 1; with --slurm 16)"
-    add("--jobs", type=int, metavar="N", help=text)
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or 1; with --slurm 16)")
     text = "run on Slurm; parameters of submitit's AutoExecutor, such as slurm_partition, timeout_min (default 1440), "
     add("--slurm", nargs="*", metavar="KEY=VALUE", help=text + "cpus_per_task (4), gpus_per_node (1), mem_gb")
     settings = parser.add_argument_group("settings, with a value or several separated by commas")

@@ -77,16 +77,12 @@ class Cell:
 class _Loader(yaml.SafeLoader):
     """Safe YAML that does not take a key twice."""
 
-
-def _mapping_without_doubles(loader, node):
-    keys = [key.value for key, _ in node.value]
-    double = next((key for key in keys if keys.count(key) > 1), None)
-    if double is not None:
-        raise yaml.MarkedYAMLError(problem=f"key {double!r} is there twice", problem_mark=node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        double = next((key for key in keys if keys.count(key) > 1), None)
+        if double is not None:
+            raise yaml.MarkedYAMLError(problem=f"key {double!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_grid(path):
