@@ -83,10 +83,8 @@ def image_files(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            images = (
-                f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and (f.is_file() or f.is_symlink())
-            )
-            found = sorted(f for f in images if not f.name.startswith("."))
+            images = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+            found = sorted(f for f in images if f.is_file() or f.is_symlink())  # a dead link is named, not passed over
             if not found:
                 raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
         elif not path.exists():
