@@ -12,12 +12,12 @@ input) and "run" (what was trained): in ONNX as metadata_props, in the .pt2 as e
 suffix .json. Each file is loaded again and compared with the run's own logits before it takes its final name.
 """
 
-import importlib.util
 import json
 import os
 import sys
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,7 +58,9 @@ def main(argv=None):
         out = Path(args.out or args.run)
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
-            _require_packages("onnx", "onnxscript", "onnxruntime")
+            missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+            if missing:
+                raise ValueError(f"ONNX needs packages: pip install {' '.join(missing)}; or take --format torch")
         run = load_run(args.run, "cpu", None, args.weights, (), args.checkpoint, args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
@@ -183,12 +185,6 @@ def _compare(network, images, expected, name):
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(f"{name} gives other logits than the run, by up to {difference:.3g}; nothing was written")
     return difference
-
-
-def _require_packages(*names):
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"ONNX needs packages: pip install {' '.join(missing)}; or take --format torch")
 
 
 # name -> how to write a program, and how to load it again as a callable

@@ -144,13 +144,16 @@ def coop_samples(images, split_file):
     untrained = next((label for label in range(len(cleaned)) if not counts["train"][label]), None)
     if untrained is not None:
         raise ValueError(f'{split_file}: "train" has no image of class {cleaned[untrained]!r}; expected one or more')
-    root, names, sets = images.resolve(), {}, []
+    root, names, sets = images.resolve(), {}, ([], [])
     splits = json.loads(split_file.read_bytes())
-    for split in ("train", "test"):
-        for _, label, class_name in splits[split]:
+    for split, samples in zip(("train", "test"), sets, strict=True):
+        for name, label, class_name in splits[split]:
+            path = root / name
+            if not name.isprintable() or not path.resolve().is_relative_to(root):
+                where = f'{split_file}, "{split}": path {name[:80]!r}'
+                raise ValueError(f"{where} leads out of {root}; allowed are paths below the image folder")
+            samples.append((path, label, name))
             names.setdefault(label, class_name)
-        where = f'{split_file}, "{split}"'
-        sets.append([(_inside(root, name, where), label, name) for name, label, _ in splits[split]])
     _require_files(sets, images, f"the paths of {split_file} start at --images")
     return *sets, [names[label] for label in range(len(names))]
 
@@ -159,14 +162,6 @@ def _require_files(sets, root, hint):
     missing = [name for samples in sets for path, _, name in samples if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} images are not in {root}: {_first(missing)}; {hint}")
-
-
-def _inside(root, name, where):
-    """The file ``name`` below ``root`` (resolved), refused wherever it would lead out of it."""
-    path = root / name
-    if not path.resolve().is_relative_to(root):
-        raise ValueError(f"{where}: path {name[:80]!r} leads out of {root}; allowed are paths below the image folder")
-    return path
 
 
 def torchvision_samples(name, raw_path):

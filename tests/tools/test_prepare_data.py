@@ -152,7 +152,7 @@ def test_two_at_once(coop, tmp_path, capsys):
         assert "another process" in refused(capsys, *coop)
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "link.png"])
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "a\0.png", "link.png"])
 def test_paths_out_of_the_image_folder(coop, tmp_path, capsys, path):
     (tmp_path / "secret.png").write_bytes(encoded_image(0))
     (tmp_path / "jpg" / "link.png").symlink_to(tmp_path / "secret.png")

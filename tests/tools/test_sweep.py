@@ -308,7 +308,6 @@ def test_two_ctrl_c_at_once_kill(monkeypatch):
         stop=lambda cells, kill: killed.append(kill),
         exit_code=lambda cell: -9 if killed else None,
     )
-    monkeypatch.setattr(jobs, "_begin_log", lambda job: None)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
 
     def display(shown, changed):

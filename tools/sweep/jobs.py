@@ -145,21 +145,15 @@ def _start(jobs, runner, display):
             if job.state != before:
                 display(jobs, job)
     for job in chosen:
-        _begin_log(job)
+        job.cell.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(job.cell.log, "a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(job.cell.command)}\n")
+            job.log_start = log.tell()
     if chosen:
         runner.start([job.cell for job in chosen])
     for job in chosen:
         job.state, job.started = "queued" if runner.remote else "running", time.monotonic()
         display(jobs, job)
-
-
-def _begin_log(job):
-    """Begin a log file."""
-    cell = job.cell
-    cell.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(cell.log, "a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(cell.command)}\n")
-        job.log_start = log.tell()
 
 
 def _follow(job, runner, stopping):
