@@ -19,6 +19,7 @@ An image that cannot be read is left out with a warning; the exit code is then 1
 """
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -76,14 +77,15 @@ def image_files(paths):
 
     Raises
     ------
-    FileNotFoundError
-        A path is not there, or a folder holds no image file.
+    OSError
+        A path is not there, or a folder holds no image file or can't be read.
     """
     files = []
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            images = (f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+            below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_stop) for name in names)
+            images = (f for f in below if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
             found = sorted(f for f in images if f.is_file() or f.is_symlink())  # a dead link is named, not passed over
             if not found:
                 raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
@@ -91,6 +93,10 @@ def image_files(paths):
             raise FileNotFoundError(f"{path}: no such image or folder")
         files += found
     return files
+
+
+def _stop(error):
+    raise error
 
 
 def predict(run, files, top_k=5):

@@ -307,9 +307,11 @@ class _Checked:
 
     def _check(self, path):
         """The shortened image, b"" where the file is taken as it is, or the ValueError that says why it can't be."""
-        encoded = path.read_bytes()
         try:
+            encoded = path.read_bytes()
             stored = open_image(encoded, str(path))
+        except OSError as error:
+            return ValueError(f"{path}: {error.strerror}")
         except ValueError as error:
             return error
         image = upright(stored)

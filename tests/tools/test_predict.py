@@ -1,8 +1,10 @@
 """tools.predict on real runs through its command line."""
 
 import csv
+import errno
 import io
 import json
+import os
 import re
 
 import pytest
@@ -172,6 +174,19 @@ def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
         predict.main([str(vm_run), str(tmp_path / "cut.png")])
     printed = capsys.readouterr()
     assert caught.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(photos, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="sub"):
+        predict.image_files([photos])
 
 
 def test_escapes_in_names_are_shown():

@@ -1,7 +1,9 @@
 """tools.prepare_data: what becomes of a split file and of torchvision's copies, cut off or tampered with."""
 
+import errno
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -161,8 +163,17 @@ def test_paths_out_of_the_image_folder(coop, tmp_path, capsys, path):
     assert not (tmp_path / "datasets").exists()
 
 
-def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys):
-    images = tmp_path / "jpg"
+def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys, monkeypatch):
+    images, read_bytes = tmp_path / "jpg", Path.read_bytes
+
+    def refuse(path):
+        if path.name == "1.jpg":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert "1 images can't be used: " in (message := refused(capsys, *coop)) and "1.jpg: Permission" in message
     for name in ("a/0.png", "b/3.png"):
         (images / name).write_bytes(b"no image")
     message = refused(capsys, *coop)
