@@ -250,6 +250,8 @@ def _refuse_settings_of_training(values, common):
             f"--lr {values['lr']}: no pattern is trained with --reprogramming {reprogramming} and {epochs} epochs; "
             "leave it out"
         )
+    if not epochs and values.get("iteration") is False:
+        raise ValueError("--no-iteration: with 0 epochs the mapping is estimated once anyway; leave it out")
 
 
 def settings_of_parts():

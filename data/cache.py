@@ -7,7 +7,6 @@ cut off, damaged or older than its source is made again.
 
 import contextlib
 import functools
-import io
 import json
 import math
 import os
@@ -106,10 +105,7 @@ def _decoded(source, preset, pool, threads, bar):
     decoding."""
 
     def store(i):
-        try:
-            stored = preset.store(source.image(i), source.where(i))
-        except OSError as error:  # of the source; others are the cache's
-            raise ValueError(f"{source.where(i)}: {error.strerror or error}; restore or remove this image") from error
+        stored = preset.store(source.image(i), source.where(i))
         return stored, checksum(stored)
 
     total, step = len(source), 32 * threads
@@ -161,12 +157,10 @@ def _write(path, fingerprint, preset, source, chunks):
         free = shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(f"could not write {path}: {needed:,} bytes are needed, {free:,} are free")
-        with written_whole(path) as draft, open(draft, "wb", buffering=0) as file:
-            header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            _write_all(file, header.getvalue())
+        with written_whole(path) as draft, open(draft, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for images, sums in chunks:
-                _write_all(file, images.data)
+                file.write(images.data)
                 checksums += sums
             trailer = {
                 "key": _key(fingerprint, preset),
@@ -176,11 +170,4 @@ def _write(path, fingerprint, preset, source, chunks):
                 "names": source.names,
             }
             trailer = json.dumps(trailer).encode()
-            _write_all(file, trailer + _FOOTER.pack(len(trailer), zlib.crc32(trailer), _MAGIC))
-
-
-def _write_all(file, data):
-    """Write `data` without a buffer, which would try once more, and raise once more, when it is closed."""
-    data = memoryview(data).cast("B")
-    while len(data):
-        data = data[file.write(data) :]
+            file.write(trailer + _FOOTER.pack(len(trailer), zlib.crc32(trailer), _MAGIC))

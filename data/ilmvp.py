@@ -26,6 +26,7 @@ from data.decode import open_image
 from data.files import printable, written_whole
 from data.lmdb_file import LmdbFile
 from data.restricted_pickle import MAX_RECORD_BYTES, restricted_loads
+from data.sources import file_stamp
 
 MAX_SPLIT_BYTES = 256 << 20
 MAX_CLASSES = 1_000_000
@@ -77,25 +78,20 @@ class LmdbSource:
 
     def fingerprint(self):
         """Changes when the file does: path, size in bytes, modification time in ns."""
-        status = self.file.stat()
-        return [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
+        return file_stamp(self.file)
 
     def _open(self):
-        opened = self._opened
-        if opened is None:
+        if self._opened is None:
             self.require()
             try:
-                opened = self._opened = LmdbFile(self.file)
+                self._opened = LmdbFile(self.file)
             except ValueError as error:
-                raise ValueError(
-                    f"{self.file} is not an LMDB file ({error}); it is damaged or only half copied; copy or download "
-                    "it again"
-                ) from None
-        return opened
+                reason = f"is not an LMDB file ({error}); it is damaged or only half copied"
+                raise ValueError(f"{self.file} {reason}; copy or download it again") from None
+        return self._opened
 
     def _record(self, key, kind, max_opcodes=64):
-        where = f"{self.file}, key {_short(key)}"
-        opened = self._open()
+        where, opened = f"{self.file}, key {_short(key)}", self._open()
         try:
             value = opened.get(key, MAX_RECORD_BYTES)
         except ValueError as error:
@@ -104,9 +100,8 @@ class LmdbSource:
             raise ValueError(f"{where}: no such key; the file is not a whole ILM-VP LMDB, prepare it again")
         record = restricted_loads(value, where, max_opcodes)
         if type(record) is not kind:
-            raise ValueError(
-                f"{where}: holds a {type(record).__name__}, expected {kind.__name__}; prepare this file again"
-            )
+            found = type(record).__name__
+            raise ValueError(f"{where}: holds a {found}, expected {kind.__name__}; prepare this file again")
         return record
 
     @property
@@ -121,9 +116,8 @@ class LmdbSource:
                     f"{self.file}: __len__ is {_bounded(count)}, __keys__ has {len(keys)} and "
                     f"the file {entries} entries; expected one number above 0; prepare this file again"
                 )
-            for key in keys:
-                if type(key) is not bytes or not 0 < len(key) <= 511:
-                    raise ValueError(f"{self.file}: __keys__ holds something other than keys; prepare it again")
+            if not all(type(key) is bytes and 0 < len(key) <= 511 for key in keys):
+                raise ValueError(f"{self.file}: __keys__ holds something other than keys; prepare it again")
             if len(set(keys)) != count:
                 raise ValueError(f"{self.file}: __keys__ names a key twice; prepare this file again")
             self._index = keys
@@ -147,10 +141,8 @@ class LmdbSource:
         if len(record) != 2 or type(record[0]) is not bytes or type(record[1]) is not int:
             raise ValueError(f"{self.where(i)}: expected (image bytes, int label); prepare this file again")
         if not 0 <= record[1] < MAX_CLASSES:
-            raise ValueError(
-                f"{self.where(i)}: label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}; "
-                "prepare this file again"
-            )
+            found = f"label {_bounded(record[1])}, expected 0 to {MAX_CLASSES - 1}"
+            raise ValueError(f"{self.where(i)}: {found}; prepare this file again")
         return record
 
     @property
@@ -195,7 +187,8 @@ def read_split(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it gives the class names, fetch it with the LMDB files")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; expected a JSON file of the images' labels and class names")
     again = "fetch or prepare it again"
     if path.stat().st_size > MAX_SPLIT_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_SPLIT_BYTES:,} are read; {again}")
@@ -286,43 +279,37 @@ def write_ilmvp(folder, *, train, test, class_names):
 
 
 def _write_lmdb(path, samples, num_classes):
-    """Write one split; return the (name, label) of its samples. Grows the map as needed: its size is the
-    file's."""
-    listed, size = [], 16 << 20
-    environment = lmdb.open(
-        os.fspath(path), subdir=False, map_size=size, lock=False, sync=False, metasync=False, mode=0o666
-    )
-    try:
-
-        def put(items):
-            nonlocal size
-            while True:
-                try:
-                    with environment.begin(write=True) as transaction:
-                        for key, value in items:
-                            transaction.put(key, pickle.dumps(value, protocol=4))
-                    return
-                except lmdb.MapFullError:
-                    size *= 2
-                    environment.set_mapsize(size)
-                except lmdb.Error as error:  # the disk is full, most likely
-                    raise OSError(f"{path}: {error}; free some room or name another folder") from None
-
-        pending, pending_bytes = [], 0
+    """Write one split; return the (name, label) of its samples."""
+    listed, pending, pending_bytes = [], [], 0
+    options = {"subdir": False, "lock": False, "sync": False, "metasync": False, "mode": 0o666}
+    with lmdb.open(os.fspath(path), map_size=16 << 20, **options) as environment:
         for i, (encoded, label, name) in enumerate(samples):
             if not 0 <= label < num_classes:
                 raise ValueError(f"{name}: label {label}, but there are {num_classes} class names")
             listed.append((str(name), int(label)))
-            pending.append((str(i).encode(), (bytes(encoded), int(label))))
+            pending.append((str(i).encode(), pickle.dumps((bytes(encoded), int(label)), protocol=4)))
             pending_bytes += len(encoded)
             if pending_bytes > 8 << 20:
-                put(pending)
+                put_all(environment, pending)
                 pending, pending_bytes = [], 0
         if not listed:
             raise ValueError(f"no samples for {path.name}; expected at least one")
         keys = [str(i).encode() for i in range(len(listed))]
-        put([*pending, (b"__len__", len(keys)), (b"__keys__", keys)])
+        heads = {b"__len__": len(keys), b"__keys__": keys}
+        put_all(environment, [*pending, *((key, pickle.dumps(value, protocol=4)) for key, value in heads.items())])
         environment.sync(True)
-    finally:
-        environment.close()
     return listed
+
+
+def put_all(environment, items):
+    """Put (key, value) pairs into an open LMDB, all or none, whose map grows as they need it."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in items:
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+        except lmdb.Error as error:  # the disk is full, most likely
+            raise OSError(f"could not write {environment.path()}: {error}; free some room and try again") from None

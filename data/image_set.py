@@ -114,16 +114,10 @@ class ImageSet:
 
     def subset(self, rows):
         """The samples `rows` ((M,) int64) of this set."""
-        base, chosen, picked = self.images, rows, rows.tolist()
-        if isinstance(base, Rows):
-            base, chosen = base.base, base.rows[rows]
-        return ImageSet(
-            Rows(base, chosen),
-            self.labels[rows],
-            [self.names[i] for i in picked],
-            self.origin,
-            self.checksums and [self.checksums[i] for i in picked],
-        )
+        whole, picked = self.images, rows.tolist()
+        images = Rows(whole.base, whole.rows[rows]) if isinstance(whole, Rows) else Rows(whole, rows)
+        checksums = self.checksums and [self.checksums[i] for i in picked]
+        return ImageSet(images, self.labels[rows], [self.names[i] for i in picked], self.origin, checksums)
 
     @property
     def fingerprint(self):

@@ -128,7 +128,4 @@ class LmdbFile:
     def _read(self, at, size):
         if at + size > os.fstat(self._file).st_size:  # before memory is taken for it
             raise ValueError("it ends before one of its pages")
-        data = os.pread(self._file, size, at)
-        if len(data) != size:
-            raise ValueError("it ends before one of its pages")
-        return data
+        return os.pread(self._file, size, at)

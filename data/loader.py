@@ -125,14 +125,13 @@ class BatchLoader:
         order_here = order.to(self.device, non_blocking=True)
 
         shares = [self._share(start) for start in range(0, total, self.batch_size)]
-        pixels = self._resident_pixels(order_here, shares) if self.resident else self._streamed(order, shares)
+        if self.resident:
+            pixels = (take(self._images, order_here[start:stop]) for start, stop, _ in shares)
+        else:
+            pixels = self._streamed(order, shares)
         for (start, stop, size), stored in zip(shares, pixels, strict=True):
-            images = vary(
-                stored,
-                preset.output_size,
-                None if offsets is None else offsets[start:stop],
-                None if flips is None else flips[start:stop],
-            )
+            drawn = [None if draws is None else draws[start:stop] for draws in (offsets, flips)]
+            images = vary(stored, preset.output_size, *drawn)
             labels = self._labels.index_select(0, order_here[start:stop])
             yield Batch(images.float().div_(self._white).permute(0, 3, 1, 2), labels, size)
 
@@ -142,10 +141,6 @@ class BatchLoader:
         size = min(self.batch_size, self.num_samples - start)
         first, last = (start + size * r // self.world_size for r in (self.rank, self.rank + 1))
         return first, last, size
-
-    def _resident_pixels(self, order, shares):
-        for start, stop, _ in shares:
-            yield take(self._images, order[start:stop])
 
     def _streamed(self, order, shares):
         def fetch(start, stop):

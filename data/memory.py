@@ -1,4 +1,4 @@
-"""How much memory may be used for data."""
+"""How much of the machine may be used."""
 
 import os
 from pathlib import Path
@@ -10,10 +10,7 @@ def available_memory():
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        try:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        except (AttributeError, OSError, ValueError):
-            return 4 << 30
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
@@ -23,3 +20,8 @@ def available_memory():
     except (OSError, ValueError, KeyError):
         pass  # no container, or one without a limit
     return free
+
+
+def num_cores():
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from data import ilmvp, sources, torchvision_sets
 from data.cache import all_or_none, stored_images
 from data.class_names import clean_class_name
 from data.image_set import ImageSet
+from data.memory import num_cores
 
 
 class Opened(NamedTuple):
@@ -70,6 +72,16 @@ class DatasetInfo:
     classes: int | None
     image_size: int
     open: Callable
+
+    def unlike(self, **found):
+        """Which of the numbers ``train``, ``test`` and ``classes`` are not the published ones: a list of texts."""
+        names = {"train": "training images", "test": "test images", "classes": "classes"}
+        published = {what: getattr(self, what) for what in found}
+        return [
+            f"{found[what]} {names[what]} (published: {number})"
+            for what, number in published.items()
+            if number not in (None, found[what])
+        ]
 
 
 def open_ilmvp(name, data_path):
@@ -313,19 +325,6 @@ def load_task(
         The data set has other numbers of samples or classes than the published table; a class has fewer samples than
         `shots`; a class of one sample has none to test.
     """
-    info = dataset_info(name)
-    if not 0 < train_fraction <= 1:
-        raise ValueError(f"train fraction is {train_fraction}, expected above 0 and at most 1")
-    if shots is not None and shots < 1:
-        raise ValueError(f"shots is {shots}, expected 1 or more training images of each class")
-    if shots is not None and train_fraction < 1:
-        raise ValueError(f"shots {shots} and train fraction {train_fraction} exclude each other; give one of them")
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise ValueError(f"test fraction is {test_fraction}, expected above 0 and below 1")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation fraction is {validation_fraction}, expected 0 or more and below 1")
-    if workers < 0:
-        raise ValueError(f"workers is {workers}, expected 0 (one per core) or more")
     opened = open_task(name, data_path, test_fraction)
     class_names = [clean_class_name(each) for each in opened.class_names]
     # the smaller split first: what is wrong with it shows before the larger one is decoded
@@ -333,33 +332,30 @@ def load_task(
     if validation_fraction and None not in (train_preset, test_preset):
         parts["validation"] = ("train", test_preset)
     parts = {part: (split, preset) for part, (split, preset) in parts.items() if preset is not None}
-    files = {}
-    for part, (split, preset) in parts.items():
-        source = getattr(opened, split)
-        in_memory = isinstance(source, sources.ArraySource)  # made on the spot: nothing worth keeping on disk
-        if not (cache_path is None or in_memory):
-            files[part] = Path(cache_path) / _cache_name(name, split, source, preset)
+    files = {
+        (split, preset.storage): _cache_file(cache_path, name, split, getattr(opened, split), preset)
+        for split, preset in parts.values()
+    }
     image_sets, decoded = dict.fromkeys(("train", "test", "validation")), {}
-    with all_or_none(files.values()):
+    with all_or_none(filter(None, files.values())):
         for part, (split, preset) in parts.items():
-            if (split, preset.storage) not in decoded:
-                decoded[split, preset.storage] = stored_images(
-                    getattr(opened, split),
-                    preset,
-                    files.get(part),
-                    threads=workers or _cores(),
-                    progress=progress,
-                    check=lambda labels, split=split: _check_labels(opened, split, labels),
-                )
-            image_sets[part] = decoded[split, preset.storage]
+            key = split, preset.storage
+            if key not in decoded:
+                how = {"threads": workers or min(num_cores(), 32), "progress": progress}
+                check = partial(_check_labels, opened, split)
+                decoded[key] = stored_images(getattr(opened, split), preset, files[key], check=check, **how)
+            image_sets[part] = decoded[key]
     if test_fraction is not None:
         _draw_test_set(image_sets, class_names, test_fraction, seed)
     if None not in (image_sets["train"], image_sets["test"]):
-        _warn_if_unusual(name, info, image_sets, class_names)
+        numbers = {split: len(image_sets[split]) for split in ("train", "test")} | {"classes": len(class_names)}
+        if other := dataset_info(name).unlike(**numbers):
+            text = f"{name} has {', '.join(other)}; results do not compare with published ones"
+            warnings.warn(text, stacklevel=2)
     if image_sets["train"] is not None:
         labels = image_sets["train"].labels
         kept, held_out = _choose(labels, class_names, train_fraction, shots, validation_fraction, seed)
-        if kept is not None:
+        if len(kept) < len(labels):  # else the set stays one piece
             image_sets["train"] = image_sets["train"].subset(kept)
         if image_sets["validation"] is not None:
             image_sets["validation"] = image_sets["validation"].subset(held_out)
@@ -376,89 +372,56 @@ def _check_labels(opened, split, labels):
         )
 
 
-def _cores():
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(count, 32)
-
-
-def _cache_name(name, split, source, preset):
-    """File name of a cache: readable, and different for sources at different places."""
+def _cache_file(folder, name, split, source, preset):
+    """Where a split is cached, under a name that can be read and differs for sources at different places, or None."""
+    if folder is None or isinstance(source, sources.ArraySource):  # made on the spot: nothing worth keeping on disk
+        return None
     place = hashlib.sha256(os.fsencode(source.place)).hexdigest()[:8]
     label = re.sub(r"[^A-Za-z0-9]+", "-", name.removeprefix(FOLDER_PREFIX)).strip("-")[-40:]
-    return f"{label}-{split}-{preset.storage}-{place}.npy"
-
-
-def _warn_if_unusual(name, info, image_sets, class_names):
-    found = {"training images": len(image_sets["train"]), "test images": len(image_sets["test"])}
-    found["classes"] = len(class_names)
-    expected = dict(zip(found, (info.train, info.test, info.classes), strict=True))
-    other = [
-        f"{found[what]} {what} (published: {expected[what]})"
-        for what in found
-        if expected[what] not in (None, found[what])
-    ]
-    if other:
-        warnings.warn(f"{name} has {', '.join(other)}; results do not compare with published ones", stacklevel=3)
+    return Path(folder) / f"{label}-{split}-{preset.storage}-{place}.npy"
 
 
 def _draw_test_set(image_sets, class_names, test_fraction, seed):
     """Part sets of all images into those to test and the others, in place."""
     labels = next(image_set.labels for image_set in image_sets.values() if image_set is not None)
-    share = Fraction(str(test_fraction))
-    tested = _draw(labels, seed, lambda count: min(max(1, int(count * share + Fraction(1, 2))), count - 1))
+    tested = _draw(labels, seed, lambda count: min(max(1, _share(test_fraction, count)), count - 1))
     if not len(tested):
         raise ValueError("--test-fraction needs two or more images of a class; each class has one")
     single = [class_names[label] for label in (torch.bincount(labels) == 1).nonzero().flatten().tolist()]
     if single:
         warnings.warn(f"only one image of {sources.listed(single)}: it is not tested", stacklevel=3)
-    remaining = torch.ones(len(labels), dtype=torch.bool)
-    remaining[tested] = False
     for part, image_set in image_sets.items():
         if image_set is not None:
-            image_sets[part] = image_set.subset(tested if part == "test" else remaining.nonzero().flatten())
+            image_sets[part] = image_set.subset(tested if part == "test" else _others(labels, tested))
 
 
 def _choose(labels, class_names, train_fraction, shots, validation_fraction, seed):
-    """Positions of the training samples to keep (None: all) and of those to hold out."""
-    kept = None
+    """Positions of the training samples to keep and of those to hold out."""
+    kept = torch.arange(len(labels))
     if train_fraction < 1:
-        kept = stratified_subset(labels, train_fraction, seed)
+        kept = _draw(labels, seed, lambda count: max(1, _share(train_fraction, count)))
     if shots is not None:
         kept = _draw(labels, seed, lambda count: min(count, shots))
         counts = torch.bincount(labels, minlength=len(class_names)).tolist()
         scarce = [name for name, count in zip(class_names, counts, strict=True) if count < shots]
         if scarce:
             warnings.warn(f"fewer than {shots} training images of {sources.listed(scarce)}: all are used", stacklevel=3)
-    if not validation_fraction:
-        return kept, None
-    rows = torch.arange(len(labels)) if kept is None else kept
-    share = Fraction(str(validation_fraction))
-    held_out = _draw(labels[rows], seed, lambda count: min(int(count * share + Fraction(1, 2)), count - 1))
-    if not len(held_out):
+    held_out = _draw(labels[kept], seed, lambda count: min(_share(validation_fraction, count), count - 1))
+    if validation_fraction and not len(held_out):
         raise ValueError(f"validation fraction {validation_fraction} holds out no image; give a larger one, or 0")
-    remaining = torch.ones(len(rows), dtype=torch.bool)
-    remaining[held_out] = False
-    return rows[remaining], rows[held_out]
+    return kept[_others(kept, held_out)], kept[held_out]
 
 
-def stratified_subset(labels, fraction, seed):
-    """Choose a share of each class at random.
+def _share(fraction, count):
+    """``fraction`` of a number, rounded half up as written: 0.29 * 50 is 14.5, in binary 14.499999999999998."""
+    return int(count * Fraction(str(fraction)) + Fraction(1, 2))
 
-    Parameters
-    ----------
-    labels : torch.Tensor
-        (N,) int64.
-    fraction : float
-        In (0, 1]. Of n samples of a class, n * fraction are chosen, rounded half up, at least one.
-    seed : int
 
-    Returns
-    -------
-    torch.Tensor
-        (M,) int64, ascending positions.
-    """
-    share = Fraction(str(fraction))  # 0.29 * 50 is 14.5 and rounds up; in binary it is 14.499999999999998
-    return _draw(labels, seed, lambda count: max(1, int(count * share + Fraction(1, 2))))
+def _others(samples, chosen):
+    """Ascending positions in ``samples`` that are not among the ``chosen`` ones."""
+    rest = torch.ones(len(samples), dtype=torch.bool)
+    rest[chosen] = False
+    return rest.nonzero().flatten()
 
 
 def _draw(labels, seed, how_many):

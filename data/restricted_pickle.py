@@ -19,9 +19,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("refused a persistent id")
-
 
 def restricted_loads(data, where, max_opcodes=64):
     """Unpickle int, bytes, str, list and tuple, and nothing else.

@@ -28,7 +28,20 @@ def file_stamp(path):
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
-class FileSource:
+class Source:
+    """What sources share: a sample is named by the file or key that it comes from, and there is nothing to close."""
+
+    def __len__(self):
+        return len(self.names)
+
+    def where(self, i):
+        return self.names[i]
+
+    def close(self):
+        pass
+
+
+class FileSource(Source):
     """Image files of one split, turned upright as their EXIF orientation says.
 
     Parameters
@@ -47,29 +60,22 @@ class FileSource:
         self.labels = np.array(labels, dtype=np.int64)
         self.names = [printable(path) for path in paths]
 
-    def __len__(self):
-        return len(self._paths)
-
-    def where(self, i):
-        return self.names[i]
-
     def image(self, i):
-        size = self._paths[i].stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(
-                f"{self.where(i)}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; store a smaller one"
-            )
-        return upright(open_image(self._paths[i].read_bytes(), self.where(i)))
+        path, where = self._paths[i], self.where(i)
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ValueError(f"{where}: {size:,} bytes; at most {MAX_FILE_BYTES:,} are read; store a smaller one")
+            return upright(open_image(path.read_bytes(), where))
+        except OSError as error:
+            raise ValueError(f"{where}: {error.strerror}; restore or remove this image") from error
 
     def fingerprint(self):
         stamps = json.dumps([file_stamp(path) for path in self._paths] + self.labels.tolist())
         return hashlib.sha256(stamps.encode()).hexdigest()
 
-    def close(self):
-        pass
 
-
-class ArraySource:
+class ArraySource(Source):
     """Images that lie in memory already.
 
     Parameters
@@ -97,20 +103,11 @@ class ArraySource:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.names = [f"{title}/{i}" for i in range(len(images))]
 
-    def __len__(self):
-        return len(self._images)
-
-    def where(self, i):
-        return self.names[i]
-
     def image(self, i):
         return Image.fromarray(self._images[i])
 
     def fingerprint(self):
         return hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
-
-    def close(self):
-        pass
 
 
 class BadFolders(ValueError):

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data import class_names
-from data.sources import ArraySource, FileSource, file_stamp
+from data.sources import ArraySource, FileSource, Source, file_stamp
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class TorchvisionSet:
         return self.class_names, *(TorchvisionSource(self, name, root, split) for split in ("train", "test"))
 
 
-class TorchvisionSource:
+class TorchvisionSource(Source):
     """One split of a torchvision data set, loaded (and downloaded where it is missing) when first needed.
 
     Parameters
@@ -60,33 +62,12 @@ class TorchvisionSource:
         self.title, self.place = f"{name}/{split}", os.path.abspath(root)
         self._kind, self._name, self._root, self._split = kind, name, Path(root), split
         self._content = [self._root / content for content in getattr(kind, split)]
-        self._loaded = None
 
-    @property
+    @cached_property
     def _source(self):
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
-    def _load(self):
-        from models.torchvision_shim import ensure_torchvision
-
-        ensure_torchvision()
-        from torchvision import datasets
-
-        there = self._root.exists()
-        factory = getattr(datasets, self._kind.factory)
-        how = {"train": self._split == "train"} if self._kind.factory.startswith("CIFAR") else {"split": self._split}
-        try:
-            dataset = factory(self._root, download=True, **how)
-        except Exception as error:  # network, archive and file system all raise their own
-            if not there and self._root.is_dir() and not any(self._root.iterdir()):
-                self._root.rmdir()
-            reason = str(error).partition("\n")[0][:120]
-            raise FileNotFoundError(
-                f"{self._name} is not whole in {self._root} and could not be downloaded ({reason}); fetch "
-                f"{self._kind.address} and unpack it so that {' and '.join(map(str, self._content))} exist"
-            ) from None
+        kind = self._kind
+        how = {"train": self._split == "train"} if kind.factory.startswith("CIFAR") else {"split": self._split}
+        dataset = load_torchvision(kind.factory, self._root, self._content, self._name, kind.address, **how)
         if hasattr(dataset, "_samples"):  # GTSRB
             paths, labels = zip(*dataset._samples, strict=True)
             return FileSource(self.title, self._root, [Path(path) for path in paths], labels)
@@ -108,17 +89,49 @@ class TorchvisionSource:
     def names(self):
         return self._source.names
 
-    def __len__(self):
-        return len(self._source)
-
-    def where(self, i):
-        return self._source.where(i)
-
     def image(self, i):
         return self._source.image(i)
 
     def close(self):
-        self._loaded = None
+        vars(self).pop("_source", None)
+
+
+def load_torchvision(factory, root, contents, name, address, **how):
+    """A data set of torchvision, downloaded where it is missing.
+
+    Parameters
+    ----------
+    factory : str
+        Class in ``torchvision.datasets``, called with ``how``.
+    root : Path
+        Folder that holds its files, or will.
+    contents : list of Path
+        What lies there once it is whole.
+    name, address : str
+        For the message: the name of the data set, and where it can be had by hand.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not there and can't be downloaded, or an earlier download was cut off; says what to fetch.
+    """
+    from models.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
+    from torchvision import datasets
+
+    made = [folder for folder in contents[0].parents if not folder.exists()]
+    try:
+        return getattr(datasets, factory)(root, download=True, **how)
+    except Exception as error:  # network, archive and file system all raise their own
+        for folder in made:  # nothing is left of a download that did not begin
+            with suppress(OSError):
+                folder.rmdir()
+        reason = str(error).partition("\n")[0][:120]
+        raise FileNotFoundError(
+            f"{name} is not whole in {root} and could not be downloaded ({reason}); fetch {address} and unpack it to "
+            f"get {' and '.join(map(str, contents))}"
+        ) from None
 
 
 CIFAR10 = TorchvisionSet(

@@ -46,3 +46,15 @@ def linear_run(tmp_path_factory):
     return train(
         "train_vm", tmp_path_factory.mktemp("linear"), "--mapping", "linear", "--reprogramming", "watermarking", *more
     )
+
+
+@pytest.fixture(scope="session")
+def lda_run(tmp_path_factory):
+    """EfficientNet-Lite0, padding, one epoch of the closed form: weights of both signs and a bias."""
+    return train("train_vm", tmp_path_factory.mktemp("lda"), "--mapping", "lda", "--epochs", "1")
+
+
+@pytest.fixture(scope="session")
+def rlm_run(tmp_path_factory):
+    """The tiny CLIP, padding, labels drawn at random."""
+    return train("train_vlm", tmp_path_factory.mktemp("rlm"), "--mapping", "rlm", "--reprogramming", "padding")

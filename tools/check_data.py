@@ -22,14 +22,13 @@ from tools.console import Parser, one_line_warnings, user_errors
 from data import DATASETS, check_dataset_name, clean_class_name
 from data.decode import open_image
 from data.ilmvp import LmdbSource, check_against_split, read_split
+from data.memory import num_cores
 from data.registry import FOLDER_PREFIX, find_folder, open_ilmvp
 from data.sources import BadFolders, class_folders
 from tools.training.plugins import load_plugin_of
 
-FAULTS_LISTED = 100  # of names and links, before any image is looked at
 
-
-def check_folder(path, name=None, workers=0):
+def check_folder(path, name=None):
     """Findings about a folder of images.
 
     Parameters
@@ -38,8 +37,6 @@ def check_folder(path, name=None, workers=0):
         ILM-VP folder, or one with ``train/<class>/*`` and ``test/<class>/*``, or with ``<class>/*``.
     name : str, optional
         Data set whose published sizes are compared, where there are any.
-    workers : int
-        Decoding threads, 0 for one per core.
 
     Returns
     -------
@@ -57,26 +54,28 @@ def check_folder(path, name=None, workers=0):
     parts = ("train.lmdb", "test.lmdb", "split.json")
     if any((path / part).exists() for part in parts):
         sources = {split: LmdbSource(path / f"{split}.lmdb") for split in ("train", "test")}
-        return _check(path.name, sources, workers, DATASETS.get(name), path / "split.json")
+        return _check(path.name, sources, DATASETS.get(name), path / "split.json")
     try:
         train, test, class_names = class_folders(path)
     except BadFolders as error:
-        more = [f"and {len(error.faults) - FAULTS_LISTED} more"] if len(error.faults) > FAULTS_LISTED else []
-        return str(path), error.faults[:FAULTS_LISTED] + more
-    return _check(path.name, {"train": train, "test": test}, workers, DATASETS.get(name), class_names=class_names)
+        return str(path), error.faults
+    return _check(path.name, {"train": train, "test": test}, DATASETS.get(name), class_names=class_names)
 
 
-def check_named(name, data_path, workers=0):
-    """Findings about a data set of `DATASETS`; as `check_folder`."""
-    info = DATASETS[name]
-    folder = Path(data_path) / name
+def check_named(name, data_path=None):
+    """Findings about a data set that can be trained on; as `check_folder`."""
+    check_dataset_name(name)
+    if name not in DATASETS:
+        return check_folder(find_folder(name, data_path))
+    data_path = Path(data_path or "datasets")
+    info, folder = DATASETS[name], data_path / name
     if info.open is open_ilmvp and folder.is_dir():  # more is said of damaged ones
-        return check_folder(folder, name, workers)
+        return check_folder(folder, name)
     class_names, train, test, *_ = info.open(name, data_path)
-    return _check(name, {"train": train, "test": test}, workers, info, class_names=class_names)
+    return _check(name, {"train": train, "test": test}, info, class_names=class_names)
 
 
-def _check(title, sources, workers, published, split_file=None, class_names=None):
+def _check(title, sources, published, split_file=None, class_names=None):
     findings, labels, counts = [], {}, None
     if split_file is not None:
         try:
@@ -87,7 +86,7 @@ def _check(title, sources, workers, published, split_file=None, class_names=None
         if source is None:
             continue
         try:
-            labels[split], bad = _examine(source, workers)
+            labels[split], bad = _examine(source)
         except (FileNotFoundError, ValueError) as error:  # the file as a whole
             findings.append(str(error))
             continue
@@ -100,23 +99,21 @@ def _check(title, sources, workers, published, split_file=None, class_names=None
                 check_against_split(readable, counts[split], source.file, split_file)
             except ValueError as error:
                 findings.append(str(error))
-        if published is not None and getattr(published, split) not in (None, len(labels[split])):
-            findings.append(
-                f"{len(labels[split])} {split} images (published: {getattr(published, split)}); another split, or not "
-                "whole"
-            )
+    numbers = {split: len(found) for split, found in labels.items()}
     if class_names is not None:
-        findings += _check_classes(class_names, labels.get("train"), published)
+        findings += _check_classes(class_names, labels.get("train"))
+        numbers["classes"] = len(class_names)
+    if published is not None:
+        findings += [f"{number}; another split, or not whole" for number in published.unlike(**numbers)]
     sizes = [f"{len(found)} {split} images" for split, found in labels.items()]
     sizes += [] if class_names is None else [f"{len(class_names)} classes"]
     sizes += ["no test images: train with --test-fraction"] if sources["test"] is None else []
     return f"{title}: {', '.join(sizes) or 'nothing readable'}", findings
 
 
-def _examine(source, workers):
+def _examine(source):
     """Labels ((N,) int64, -1 where the record is unreadable) and the messages of all unreadable or empty images."""
     lmdb = isinstance(source, LmdbSource)
-    threads = workers or os.cpu_count() or 1
 
     def examine(i):
         label = -1
@@ -133,16 +130,14 @@ def _examine(source, workers):
             return label, f"{source.where(i)}: all pixels are {image.getpixel((0, 0))}; replace or remove this image"
         return label, None
 
-    with ThreadPoolExecutor(threads) as pool:
-        bar = tqdm(
-            pool.map(examine, range(len(source))), f"checking {source.title}", len(source), unit="img", disable=None
-        )
-        results = list(bar)
+    with ThreadPoolExecutor(num_cores()) as pool:
+        examined = pool.map(examine, range(len(source)))
+        results = list(tqdm(examined, f"checking {source.title}", len(source), unit="img", disable=None))
     labels = np.array([label for label, _ in results], dtype=np.int64)
     return labels, [message for _, message in results if message]
 
 
-def _check_classes(class_names, train_labels, published):
+def _check_classes(class_names, train_labels):
     findings = []
     cleaned = Counter(clean_class_name(name) for name in class_names)
     findings += [f"{times} classes are named {name!r}" for name, times in cleaned.items() if times > 1]
@@ -150,52 +145,31 @@ def _check_classes(class_names, train_labels, published):
     if train_labels is not None:
         empty = sorted(set(range(len(class_names))) - set(train_labels.tolist()))
         findings += [f"class {label}, {class_names[label]!r}, has no training image" for label in empty]
-    if published is not None and published.classes not in (None, len(class_names)):
-        findings.append(f"{len(class_names)} classes (published: {published.classes}); another split, or not whole")
     return findings
 
 
 @user_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.check_data", usage="%(prog)s PATH | --dataset NAME", description=__doc__)
-    parser.add_argument(
-        "path",
-        nargs="?",
-        metavar="PATH",
-        help="folder to check, also written folder:PATH; its "
-        "name tells which published sizes it should have, where it is one of the paper's",
-    )
-    parser.add_argument("--dataset", metavar="NAME", help="check the data set that the scripts train on by this name")
-    parser.add_argument(
-        "--data-path",
-        type=Path,
-        metavar="DIR",
-        help="with --dataset: folder that holds the data sets (default: datasets), or a moved folder:PATH",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="decoding threads, 0 for one per core (default: 0)"
-    )
-    parser.add_argument("--plugin", metavar="FILE", help="Python file that registers a data set of your own")
+    add = parser.add_argument
+    text = "folder to check; its name tells which published sizes it should have, where it is one of the paper's"
+    add("path", nargs="?", metavar="PATH", help=text)
+    add("--dataset", metavar="NAME", help="check the data set that the scripts train on by this name")
+    text = "with --dataset: folder that holds the data sets (default: datasets), or a moved folder:PATH"
+    add("--data-path", type=Path, metavar="DIR", help=text)
+    add("--plugin", metavar="FILE", help="Python file that registers a data set of your own")
     load_plugin_of(argv)
-    arguments = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with one_line_warnings():
-        if (arguments.path is None) == (arguments.dataset is None):
+        if (args.path is None) == (args.dataset is None):
             raise ValueError("give either PATH or --dataset NAME")
-        if arguments.path is not None and arguments.data_path is not None:
+        if args.path is not None and args.data_path is not None:
             raise ValueError("--data-path goes with --dataset NAME; PATH is taken as it is")
-        if arguments.workers < 0:
-            raise ValueError(f"--workers must be 0 or more, got {arguments.workers}")
-        name = arguments.dataset
-        if name is not None:
-            check_dataset_name(name)
-        if name in DATASETS:
-            summary, findings = check_named(name, arguments.data_path or Path("datasets"), arguments.workers)
-        elif name is not None:
-            path = find_folder(name, arguments.data_path)
-            summary, findings = check_folder(path, workers=arguments.workers)
+        if args.dataset is None:
+            path = Path(args.path.removeprefix(FOLDER_PREFIX)).expanduser()
+            summary, findings = check_folder(path, Path(os.path.realpath(path)).name)
         else:
-            path = Path(arguments.path.removeprefix(FOLDER_PREFIX)).expanduser()
-            summary, findings = check_folder(path, Path(os.path.realpath(path)).name, arguments.workers)
+            summary, findings = check_named(args.dataset, args.data_path)
     print(summary)
     for finding in findings:
         print(f"- {finding}")

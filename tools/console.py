@@ -1,7 +1,9 @@
-"""What every command shares: one-line errors and warnings."""
+"""What commands share: one-line errors and warnings, and CSV."""
 
 import argparse
+import csv
 import difflib
+import io
 import os
 import signal
 import sys
@@ -99,6 +101,13 @@ def one_line_warnings(show=lambda text: print(text, file=sys.stderr)):
 def warn(message):
     """Print a warning as one line on stderr."""
     _print_line("warning", message)
+
+
+def as_csv(rows):
+    """Rows of values as a CSV text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _print_line(kind, message):

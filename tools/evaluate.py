@@ -10,8 +10,6 @@ Calibration is the expected calibration error (Guo et al., 2017): over 15 bins o
 probability, the mean distance of accuracy from confidence, weighted by the bins' shares of the images.
 """
 
-import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tools.console import Parser, one_line_warnings, user_errors, warn
+from tools.console import Parser, as_csv, one_line_warnings, user_errors, warn
 from data import BatchLoader
 from data.files import printable, write_json, write_text
 from tools.training.finished import add_run_arguments, load_run
@@ -55,10 +53,13 @@ def main(argv=None):
             )
         out.mkdir(parents=True, exist_ok=True)
         suffix = "" if args.checkpoint == "last" else f"-{args.checkpoint}"
-        write_json(out / f"evaluation{suffix}.json", evaluation)
+        measured, table = out / f"evaluation{suffix}.json", out / f"confusion{suffix}.csv"
+        write_json(measured, evaluation)
         counts = confusion(ranking(logits)[:, 0], labels, len(run.class_names))
-        write_text(out / f"confusion{suffix}.csv", as_csv(counts, run.class_names))
-        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation, run.state))
+        rows = ([name, *row] for name, row in zip(run.class_names, counts.tolist(), strict=True))
+        write_text(table, as_csv([["true \\ predicted", *run.class_names], *rows]))
+        written = f"\n\nwritten: {measured}, {table}"
+        print(json.dumps(evaluation, indent=2) if args.json else as_table(evaluation, run.state) + written)
 
 
 def parse(argv):
@@ -77,16 +78,8 @@ def test_logits(run):
     run : tools.training.finished.FinishedRun
         Loaded with its test set.
     """
-    loader = BatchLoader(
-        run.system.task.test,
-        run.system.presets[1],
-        run.settings.batch_size,
-        run.system.device,
-        shuffle=False,
-        seed=run.settings.seed,
-        purpose="test",
-    )
-    labels = []
+    system, size, how = run.system, run.settings.batch_size, {"shuffle": False, "seed": 0, "purpose": "test"}
+    loader, labels = BatchLoader(system.task.test, system.presets[1], size, system.device, **how), []
 
     def images():
         for batch in tqdm(loader.epoch(0), "test", len(loader), leave=False, disable=not sys.stderr.isatty()):
@@ -124,13 +117,13 @@ def measure(logits, labels, class_names):
     predicted = top[:, 0]
     counts = confusion(predicted, labels, num_target)
     bins = calibration(logits, labels)
+    distances = [b["num_samples"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["num_samples"]]
     return {
         "num_samples": len(labels),
         "accuracy": int((predicted == labels).sum()) / len(labels),
         "top5_accuracy": int((top == labels[:, None]).sum()) / len(labels),
         "log_loss": float(torch.nn.functional.cross_entropy(logits.double(), labels)),
-        "ece": sum(b["num_samples"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["num_samples"])
-        / len(labels),
+        "ece": sum(distances) / len(labels),
         "calibration": bins,
         "classes": [_class(counts[t], t, class_names) for t in range(num_target)],
     }
@@ -164,23 +157,11 @@ def calibration(logits, labels, num_bins=CALIBRATION_BINS):
     confidence, predicted = logits.double().softmax(1).amax(1), ranking(logits)[:, 0]
     bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
     correct = (predicted == labels).double()
-    counts, confidences, hits = (
-        torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, values)
-        for values in (torch.ones_like(correct), confidence, correct)
-    )
+    sums = (torch.bincount(bins, values, num_bins).tolist() for values in (None, confidence, correct))
     return [
-        {"num_samples": int(n), "confidence": c / n if n else None, "accuracy": h / n if n else None}
-        for n, c, h in zip(counts.tolist(), confidences.tolist(), hits.tolist(), strict=True)
+        {"num_samples": n, "confidence": c / n if n else None, "accuracy": h / n if n else None}
+        for n, c, h in zip(*sums, strict=True)
     ]
-
-
-def as_csv(counts, class_names):
-    """The confusion matrix with the true labels' names in the first column and the predicted ones' in the first row."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *class_names])
-    writer.writerows([name, *row] for name, row in zip(class_names, counts.tolist(), strict=True))
-    return text.getvalue()
 
 
 def as_table(evaluation, state):

@@ -5,19 +5,19 @@ images in [0, 1], (n, 3, h, w), to downstream logits (n, T), for any n. A CLIP's
 one (D, T) matrix on its D-dimensional image embedding.
 
 model.pt2    for torch.export.load
-model.onnx   for onnxruntime and others; needs the packages onnx and onnxscript
+model.onnx   for onnxruntime and others; needs the packages onnx, onnxscript and onnxruntime
 
 Both carry, as JSON texts, "class_names" (a list in the order of the logits), "preprocessing" (how an image becomes the
 input) and "run" (what was trained): in ONNX as metadata_props, in the .pt2 as extra files of these names with the
 suffix .json. Each file is loaded again and compared with the run's own logits before it takes its final name.
 """
 
-import importlib.util
 import json
 import os
 import sys
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,13 +58,14 @@ def main(argv=None):
         out = Path(args.out or args.run)
         formats = list(FORMATS) if args.format == "both" else [args.format]
         if "onnx" in formats:
-            _require_packages("onnx", "onnxscript")
-        run = load_run(args.run, "cpu", weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin)
+            missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+            if missing:
+                raise ValueError(f"ONNX needs packages: pip install {' '.join(missing)}; or take --format torch")
+        run = load_run(args.run, "cpu", None, args.weights, (), args.checkpoint, args.plugin)
         check_writable(out, "--out")
         for file, difference in export(run, out, formats):
             size = file.stat().st_size / 2**20
-            checked = "not compared: no onnxruntime" if difference is None else f"logits differ by {difference:.1g}"
-            print(f"{file}  {size:.1f} MiB  {checked}")
+            print(f"{file}  {size:.1f} MiB  the run's logits within {difference:.1g}")
 
 
 def parse(argv):
@@ -89,8 +90,8 @@ def export(run, out, formats):
 
     Yields
     ------
-    (Path, float or None)
-        Each file, and its largest difference from the run's own logits; None where nothing here can run it.
+    (Path, float)
+        Each file, and its largest difference from the run's own logits.
 
     Raises
     ------
@@ -119,6 +120,7 @@ def export(run, out, formats):
 def describe(run):
     """What a user of the network needs to know; {"class_names", "preprocessing", "run"} to JSON texts."""
     preset, settings = run.system.presets[1], run.settings
+    resize = {"exact": "both sides to size", "shorter-side": "shorter side to size, then centre crop"}
     described = {
         "class_names": run.class_names,
         "preprocessing": {
@@ -126,9 +128,7 @@ def describe(run):
             "layout": "NCHW",
             "range": [0, 1],
             "size": preset.output_size,
-            "resize": {"exact": "both sides to size", "shorter-side": "shorter side to size, then centre crop"}[
-                preset.resize
-            ],
+            "resize": resize[preset.resize],
             "interpolation": f"{preset.interpolation}, antialiased, on 8-bit pixels (PIL)",
             "normalization": "none: it is part of the network",
         },
@@ -160,14 +160,8 @@ def _write_torch(program, file, description):
 
 
 def _write_onnx(program, file, description):
-    onnx = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props.update(description)
     onnx.save(file)
 
@@ -177,8 +171,6 @@ def _load_torch(file):
 
 
 def _load_onnx(file):
-    if importlib.util.find_spec("onnxruntime") is None:
-        return None
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -188,19 +180,11 @@ def _load_onnx(file):
 @torch.no_grad()
 def _compare(network, images, expected, name):
     """The largest difference of the logits, of the batch and of a single image."""
-    if network is None:
-        return None
     got = torch.cat([network(images), network(images[:1])])
     difference = float((got - torch.cat([expected, expected[:1]])).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(f"{name} gives other logits than the run, by up to {difference:.3g}; nothing was written")
     return difference
-
-
-def _require_packages(*names):
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"ONNX needs packages: pip install {' '.join(missing)}; or take --format torch")
 
 
 # name -> how to write a program, and how to load it again as a callable

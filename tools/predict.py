@@ -18,9 +18,8 @@ inactive one less. Of labels with equal logits the smallest wins.
 An image that cannot be read is left out with a warning; the exit code is then 1, and 2 where no image is left.
 """
 
-import csv
-import io
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from tools.console import Parser, one_line_warnings, user_errors, warn
+from tools.console import Parser, as_csv, one_line_warnings, user_errors, warn
 from data import BatchLoader, ImageSet
 from data.files import printable
 from data.sources import IMAGE_SUFFIXES, FileSource
@@ -45,17 +44,17 @@ def main(argv=None):
         if args.top_k < 1:
             raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
         files = image_files(args.images)
-        run = load_run(
-            args.run, args.device, weights=args.weights, splits=(), checkpoint=args.checkpoint, plugin=args.plugin
-        )
+        run = load_run(args.run, args.device, None, args.weights, (), args.checkpoint, args.plugin)
         for group in run.system.mapping.indistinct_labels():
             names = ", ".join(run.class_names[t] for t in group)
             warn(f"the mapping cannot tell {names} apart: only the first is ever predicted")
         predictions, unreadable = predict(run, files, args.top_k)
         for reason in unreadable:
             warn(f"left out: {reason}")
-        write = {"json": as_json, "csv": as_csv, "table": as_table}[args.format]
-        print(write(predictions), end="")
+        if args.json:
+            print(json.dumps(predictions, indent=2))
+        else:
+            print(as_csv(as_rows(predictions)) if args.csv else as_table(predictions), end="")
     if unreadable:
         sys.exit(1 if predictions else 2)
 
@@ -63,32 +62,13 @@ def main(argv=None):
 def parse(argv):
     parser = Parser(prog="python -m tools.predict", description=__doc__)
     add_run_arguments(parser, data=False)
-    parser.add_argument(
-        "images", metavar="IMAGE|FOLDER", nargs="+", help="image files; of a folder, all image files in it and below"
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=5,
-        metavar="K",
-        help="downstream and pretrained labels to show per image (default: 5)",
-    )
+    add = parser.add_argument
+    add("images", metavar="IMAGE|FOLDER", nargs="+", help="image files; of a folder, all image files in it and below")
+    add("--top-k", type=int, default=5, metavar="K", help="labels of either kind to show per image (default: 5)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "--json",
-        dest="format",
-        action="store_const",
-        const="json",
-        default="table",
-        help="print a JSON list, an object per image",
-    )
-    form.add_argument(
-        "--csv",
-        dest="format",
-        action="store_const",
-        const="csv",
-        help="print CSV: a row for the k-th label and the k-th pretrained one behind the first",
-    )
+    form.add_argument("--json", action="store_true", help="print a JSON list, an object per image")
+    text = "print CSV: a row for the k-th label and the k-th pretrained one behind the first"
+    form.add_argument("--csv", action="store_true", help=text)
     return parser.parse_args(argv)
 
 
@@ -97,24 +77,26 @@ def image_files(paths):
 
     Raises
     ------
-    FileNotFoundError
-        A path is not there, or a folder holds no image file.
+    OSError
+        A path is not there, or a folder holds no image file or can't be read.
     """
     files = []
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = sorted(
-                f
-                for f in path.rglob("*")
-                if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file() and not f.name.startswith(".")
-            )
+            below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_stop) for name in names)
+            images = (f for f in below if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != ".")
+            found = sorted(f for f in images if f.is_file() or f.is_symlink())  # a dead link is named, not passed over
             if not found:
                 raise FileNotFoundError(f"{path} holds no image file; looked for {' '.join(IMAGE_SUFFIXES)}")
         elif not path.exists():
             raise FileNotFoundError(f"{path}: no such image or folder")
         files += found
     return files
+
+
+def _stop(error):
+    raise error
 
 
 def predict(run, files, top_k=5):
@@ -144,13 +126,9 @@ def predict(run, files, top_k=5):
     predictions, readable, unreadable = [], [], []
     for source_logits, target_logits in run.logits(_batches(run.system, files, readable, unreadable)):
         for z, y in zip(source_logits, target_logits, strict=True):
-            predictions.append(
-                {
-                    "image": readable[len(predictions)],
-                    "predictions": _most_likely(y, run.class_names, top_k),
-                    "why": _explain(z, y, known, weights, centred_weights, run.source_names, top_k),
-                }
-            )
+            why = _explain(z, y, known, weights, centred_weights, run.source_names, top_k)
+            likely = _most_likely(y, run.class_names, top_k)
+            predictions.append({"image": readable[len(predictions)], "predictions": likely, "why": why})
     return predictions, unreadable
 
 
@@ -193,17 +171,12 @@ def _explain(z, y, known, weights, centred_weights, names, top_k):
     margin = float(y[winner].double() - y[known].double().mean())
     pro, contra = float(contributions.clamp(min=0).sum()), float(contributions.clamp(max=0).sum())
     top = contributions.topk(min(top_k, len(z)))
-    return {
-        "margin": margin,
-        "pro": pro,
-        "contra": contra,
-        "rest": margin - pro - contra,
-        "sources": [
-            {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
-            for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            if c > 0
-        ],
-    }
+    sources = [
+        {"label": s, "name": names[s], "contribution": c, "weight": float(weights[s, winner])}
+        for c, s in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        if c > 0
+    ]
+    return {"margin": margin, "pro": pro, "contra": contra, "rest": margin - pro - contra, "sources": sources}
 
 
 def contributions_to(centred_weights, z):
@@ -224,44 +197,37 @@ def contributions_to(centred_weights, z):
     return centred_weights.double() * (z - z.mean())
 
 
-def as_json(predictions):
-    return json.dumps(predictions, indent=2) + "\n"
-
-
-def as_csv(predictions):
-    """A row for each image and rank, with the header ``image, rank, label, probability, because, contribution``."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "probability", "because", "contribution"])
+def as_rows(predictions):
+    """For CSV: a head, and a row for each image and rank."""
+    yield "image", "rank", "label", "probability", "because", "contribution"
     for p in predictions:
         for rank, (label, source) in enumerate(zip_longest(p["predictions"], p["why"]["sources"], fillvalue={}), 1):
-            writer.writerow(
-                [
-                    p["image"],
-                    rank,
-                    label.get("name"),
-                    label.get("probability"),
-                    source.get("name"),
-                    source.get("contribution"),
-                ]
-            )
-    return text.getvalue()
+            said = label.get("name"), label.get("probability"), source.get("name"), source.get("contribution")
+            yield p["image"], rank, *said
 
 
 def as_table(predictions):
-    """For people: what it is, and below it why."""
+    """For people: what it is, and below it why, as a sum that adds up."""
     blocks = []
     for p in predictions:
         labels, why = p["predictions"], p["why"]
-        width = max(len(printable(row["name"])) for row in [*labels, *why["sources"]])
-        lines = [printable(p["image"])]
-        lines += [f"  {printable(row['name']):{width}}  {row['probability']:7.2%}" for row in labels]
-        lines.append(f"because of (contribution to the margin of {labels[0]['name']!r}, weight for it)")
-        for row in why["sources"]:
-            name = printable(row["name"])
-            lines.append(f"  {name:{width}}  {row['contribution']:+7.3f}  {row['weight']:+.4f}")
-        rest = f", {why['rest']:+.3f} no single one's" if abs(why["rest"]) > 5e-4 else ""
-        lines.append(f"margin {why['margin']:+.3f}: for it {why['pro']:+.3f}, against {why['contra']:+.3f}{rest}")
+        rows = [(row["name"], row["contribution"], f"  weight {row['weight']:+.4f}") for row in why["sources"]]
+        others = why["pro"] - sum(contribution for _, contribution, _ in rows)
+        parts = {
+            "(others that raise it)": others,
+            "(all that lower it)": why["contra"],
+            "(due to no single one)": why["rest"],
+        }
+        rows += [(name, value, "") for name, value in parts.items() if abs(value) > 5e-4]
+        rows.append(("(total)", why["margin"], ""))
+        width = max(len(printable(name)) for name in [*(row["name"] for row in labels), *(name for name, _, _ in rows)])
+        lines = [
+            printable(p["image"]),
+            *(f"  {printable(row['name']):{width}}  {row['probability']:9.2%}" for row in labels),
+            f"why {printable(labels[0]['name'])}: how far its score is above the average of all labels, as a sum over "
+            "the pretrained network's outputs",
+            *(f"  {printable(name):{width}}  {value:+9.3f}{weight}" for name, value, weight in rows),
+        ]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 

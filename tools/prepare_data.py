@@ -22,13 +22,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path, PurePosixPath
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import lmdb
 import numpy as np
@@ -39,76 +39,55 @@ from tools.console import Parser, user_errors
 from data import DATASETS, write_ilmvp
 from data.decode import open_image, upright
 from data.files import sync_folder
-from data.ilmvp import read_split
+from data.ilmvp import put_all, read_split
+from data.memory import num_cores
 from data.registry import open_ilmvp
 from data.restricted_pickle import MAX_RECORD_BYTES
-from models.torchvision_shim import ensure_torchvision
+from data.sources import file_stamp
+from data.torchvision_sets import load_torchvision
+from tools.training.run_folder import check_writable
 
 JPEG_QUALITY = 95  # of shortened photographs
 _CHUNK = 256  # images between two commits: what an interruption costs
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """What torchvision has of a data set, and which of it becomes training and test set."""
 
     factory: str
     images: str  # folder of the images under the raw path; the paths of CoOp's split file start there as well
-    address: str
     total: int  # images that training and test set are drawn from
-    split: str
+    train: tuple | float | int  # torchvision's splits, beside its "test"; or what to draw of each class, as is ``test``
+    test: float | int | None = None
 
 
 COPIES = {
-    "flowers102": Copy(
-        "Flowers102",
-        "flowers-102/jpg",
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz, imagelabels.mat, setid.mat)",
-        8189,
-        "the official split, train and val together for training",
-    ),
-    "dtd": Copy(
-        "DTD",
-        "dtd/dtd/images",
-        "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
-        5640,
-        "the first official split, train and val together for training",
-    ),
-    "food101": Copy(
-        "Food101",
-        "food-101/images",
-        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
-        101000,
-        "the official split",
-    ),
-    "eurosat": Copy(
-        "EuroSAT",
-        "eurosat/2750",
-        "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)",
-        27000,
-        "drawn with seed 0, 50 % of each class for training and 30 % for testing; there is no official one",
-    ),
-    "oxfordpets": Copy(
-        "OxfordIIITPet",
-        "oxford-iiit-pet/images",
-        "https://www.robots.ox.ac.uk/~vgg/data/pets/data/ (images.tar.gz and annotations.tar.gz)",
-        7349,
-        "the official split, trainval for training",
-    ),
-    "sun397": Copy(
-        "SUN397",
-        "SUN397",
-        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
-        108754,
-        "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
-    ),
-    "fgvc_aircraft": Copy(
-        "FGVCAircraft",
-        "fgvc-aircraft-2013b/data/images",
-        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
-        6667,
-        "the official split of variants without val, which is CoOp's",
-    ),
+    "flowers102": Copy("Flowers102", "flowers-102/jpg", 8189, ("train", "val")),
+    "dtd": Copy("DTD", "dtd/dtd/images", 5640, ("train", "val")),
+    "food101": Copy("Food101", "food-101/images", 101000, ("train",)),
+    "eurosat": Copy("EuroSAT", "eurosat/2750", 27000, 0.5, 0.3),
+    "oxfordpets": Copy("OxfordIIITPet", "oxford-iiit-pet/images", 7349, ("trainval",)),
+    "sun397": Copy("SUN397", "SUN397", 108754, 40, 50),
+    "fgvc_aircraft": Copy("FGVCAircraft", "fgvc-aircraft-2013b/data/images", 6667, ("train",)),
+}
+SPLITS = {
+    "flowers102": "the official split, train and val together for training",
+    "dtd": "the first official split, train and val together for training",
+    "food101": "the official split",
+    "eurosat": "drawn with seed 0, 50 % of each class for training and 30 % for testing; there is no official one",
+    "oxfordpets": "the official split, trainval for training",
+    "sun397": "drawn with seed 0, 40 images of each class for training and 50 for testing; torchvision has none",
+    "fgvc_aircraft": "the official split of variants without val, which is CoOp's",
+}
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+ADDRESSES = {
+    "flowers102": f"{OXFORD}/flowers/102/ (102flowers.tgz, imagelabels.mat, setid.mat)",
+    "dtd": f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz",
+    "food101": "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+    "eurosat": "https://huggingface.co/datasets/torchgeo/eurosat (EuroSAT.zip)",
+    "oxfordpets": f"{OXFORD}/pets/data/ (images.tar.gz and annotations.tar.gz)",
+    "sun397": "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+    "fgvc_aircraft": f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
 }
 
 # CoOp's split files: https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md
@@ -165,31 +144,24 @@ def coop_samples(images, split_file):
     untrained = next((label for label in range(len(cleaned)) if not counts["train"][label]), None)
     if untrained is not None:
         raise ValueError(f'{split_file}: "train" has no image of class {cleaned[untrained]!r}; expected one or more')
-    root, names, found, missing = images.resolve(), {}, {}, []
+    root, names, sets = images.resolve(), {}, ([], [])
     splits = json.loads(split_file.read_bytes())
-    for split in ("train", "test"):
-        found[split] = []
+    for split, samples in zip(("train", "test"), sets, strict=True):
         for name, label, class_name in splits[split]:
+            path = root / name
+            if not name.isprintable() or not path.resolve().is_relative_to(root):
+                where = f'{split_file}, "{split}": path {name[:80]!r}'
+                raise ValueError(f"{where} leads out of {root}; allowed are paths below the image folder")
+            samples.append((path, label, name))
             names.setdefault(label, class_name)
-            path = _inside(root, name, f'{split_file}, "{split}"')
-            found[split].append((path, label, name))
-            if not path.is_file():
-                missing.append(name)
+    _require_files(sets, images, f"the paths of {split_file} start at --images")
+    return *sets, [names[label] for label in range(len(names))]
+
+
+def _require_files(sets, root, hint):
+    missing = [name for samples in sets for path, _, name in samples if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} images of {split_file} are not in {images}: {_first(missing)}; its paths start at --images"
-        )
-    return found["train"], found["test"], [names[label] for label in range(len(names))]
-
-
-def _inside(root, name, where):
-    """The file ``name`` below ``root`` (resolved), refused wherever it would lead out of it."""
-    parts = PurePosixPath(name).parts
-    refused = not parts or name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable()
-    path = root / name
-    if refused or not path.resolve().is_relative_to(root):
-        raise ValueError(f"{where}: path {name[:80]!r} leads out of {root}; allowed are paths below the image folder")
-    return path
+        raise FileNotFoundError(f"{len(missing)} images are not in {root}: {_first(missing)}; {hint}")
 
 
 def torchvision_samples(name, raw_path):
@@ -201,65 +173,33 @@ def torchvision_samples(name, raw_path):
         It can't be downloaded, or an earlier download was cut off; the message says what to fetch, and where to.
     """
     copy = COPIES[name]
-    ensure_torchvision()
-    from torchvision import datasets
-
-    absent = [f for f in (raw_path / Path(copy.images).parts[0], raw_path, raw_path.parent) if not f.exists()]
+    root = raw_path / copy.images
 
     def load(**split):
-        try:
-            part = getattr(datasets, copy.factory)(raw_path, download=True, **split)
-        except Exception as error:  # network, archive and file system all raise their own
-            for folder in absent:  # nothing is left of a download that did not begin
-                with suppress(OSError):
-                    folder.rmdir()
-            reason = str(error).partition("\n")[0][:120]
-            raise FileNotFoundError(
-                f"{name} is not whole in {raw_path} and could not be downloaded ({reason}); fetch {copy.address} and "
-                f"unpack it so that {raw_path / copy.images} exists"
-            ) from None
+        part = load_torchvision(copy.factory, raw_path, [root], name, ADDRESSES[name], **split)
         files = getattr(part, "_image_files", None) or getattr(part, "_images", None)
         pairs = list(zip(files, part._labels, strict=True)) if files else part.samples
         return sorted((str(path), label) for path, label in pairs), part.classes
 
-    if name in ("eurosat", "sun397"):
+    if copy.test is not None:
         everything, classes = load()
-        train, test = _draw(everything, *((0.5, 0.3) if name == "eurosat" else (40, 50)))
-        total = len(everything)
+        total, parts = len(everything), _draw(everything, copy.train, copy.test)
     else:
-        parts = {split: load(split=split) for split in _official(name)}
-        classes = parts["test"][1]
-        test = parts.pop("test")[0]
-        train = [pair for pairs, _ in parts.values() for pair in pairs]
-        total = len(train) + len(test)
-    root = raw_path / copy.images
+        test, classes = load(split="test")
+        parts = [pair for split in copy.train for pair in load(split=split)[0]], test
+        total = sum(map(len, parts))
+    again = f"remove {raw_path / Path(copy.images).parts[0]} and repeat the command"
     if total != copy.total:
         raise FileNotFoundError(
-            f"{root} holds {total} images, expected {copy.total}: a download or an unpacking was cut off; remove "
-            f"{raw_path / Path(copy.images).parts[0]} and repeat the command"
+            f"{root} holds {total} images, expected {copy.total}: a download or an unpacking was cut off; {again}"
         )
     if name == "eurosat":
         classes = [EUROSAT_NAMES.get(each, each) for each in classes]
     if name == "sun397":  # "apartment_building/outdoor" is an outdoor apartment building
         classes = [" ".join(reversed(each.split("/"))) for each in classes]
-    sets = [[(Path(p), label, Path(p).relative_to(root).as_posix()) for p, label in pairs] for pairs in (train, test)]
-    missing = [name for samples in sets for path, _, name in samples if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} images are not in {root}: {_first(missing)}; an unpacking was cut off: remove "
-            f"{raw_path / Path(copy.images).parts[0]} and repeat the command"
-        )
+    sets = [[(Path(p), label, Path(p).relative_to(root).as_posix()) for p, label in pairs] for pairs in parts]
+    _require_files(sets, root, f"an unpacking was cut off: {again}")
     return *sets, list(classes)
-
-
-def _official(name):
-    return {
-        "flowers102": ("train", "val", "test"),
-        "dtd": ("train", "val", "test"),
-        "food101": ("train", "test"),
-        "oxfordpets": ("trainval", "test"),
-        "fgvc_aircraft": ("train", "test"),
-    }[name]
 
 
 def _draw(pairs, train, test):
@@ -274,7 +214,7 @@ def _draw(pairs, train, test):
     return chosen
 
 
-def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
+def prepare(folder, train, test, class_names, shorter_side=None):
     """Write an ILM-VP folder from image files, going on where an earlier call was cut off.
 
     Until it is whole, everything lies in ``.<name>.partial`` beside it: first which images were found readable (with
@@ -291,8 +231,6 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
         Images with a longer shorter side are resized to it, in pixels, aspect kept; JPEG, WEBP and AVIF become JPEG of
         quality 95, the others PNG. Without it, and for smaller images, the bytes of the file are taken as they are,
         unless their EXIF orientation turns them: records are read without it.
-    workers : int
-        Decoding threads, 0 for one per core.
 
     Raises
     ------
@@ -301,7 +239,7 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
     """
     partial = folder.parent / f".{folder.name}.partial"
     with _held(partial), closing(_Checked(partial / "checked.lmdb", shorter_side)) as checked:
-        bad = checked.check_all({path for path, _, _ in (*train, *test)}, workers)
+        bad = checked.check_all({path for path, _, _ in (*train, *test)})
         if bad:
             raise ValueError(
                 f"{len(bad)} images can't be used: {_first(bad, '; ')}; nothing was written but {partial}, which "
@@ -309,11 +247,8 @@ def prepare(folder, train, test, class_names, shorter_side=None, workers=0):
             )
         for draft in (*partial.glob(".whole.*"), *partial.glob("whole")):
             shutil.rmtree(draft)
-        splits = {
-            split: ((checked.encoded(path), label, name) for path, label, name in samples)
-            for split, samples in (("train", train), ("test", test))
-        }
-        write_ilmvp(partial / "whole", **splits, class_names=class_names)
+        splits = [((checked.encoded(path), label, name) for path, label, name in samples) for samples in (train, test)]
+        write_ilmvp(partial / "whole", train=splits[0], test=splits[1], class_names=class_names)
         os.replace(partial / "whole", folder)
         sync_folder(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
@@ -335,19 +270,14 @@ class _Checked:
     """The images found readable, in an LMDB: key of path, size, time and shorter side to shortened image or b""."""
 
     def __init__(self, path, shorter_side):
-        self._shorter_side, self._size = shorter_side, 16 << 20
-        if path.exists():
-            self._size = max(self._size, 2 * path.stat().st_size)
-        self._environment = lmdb.open(os.fspath(path), subdir=False, lock=False, map_size=self._size)
-        self._unneeded = set()
+        self._shorter_side = shorter_side
+        self._environment = lmdb.open(os.fspath(path), subdir=False, lock=False, map_size=16 << 20)
 
     def close(self):
         self._environment.close()
 
     def _key(self, path):
-        status = path.stat()
-        parts = [os.path.abspath(path), status.st_size, status.st_mtime_ns, self._shorter_side]
-        return hashlib.sha256(json.dumps(parts).encode()).digest()
+        return hashlib.sha256(json.dumps([*file_stamp(path), self._shorter_side]).encode()).digest()
 
     def _get(self, path):
         with self._environment.begin() as transaction:
@@ -357,35 +287,38 @@ class _Checked:
         """The bytes to store for an image that was found readable."""
         return self._get(path) or path.read_bytes()
 
-    def check_all(self, paths, workers):
+    def check_all(self, paths):
         """Check the images that were not checked before; the messages of those that can't be used."""
-        todo, bad = iter(sorted(path for path in paths if self._get(path) is None)), []
-        threads = workers or os.cpu_count() or 1
+        todo, bad = sorted(path for path in paths if self._get(path) is None), []
         with (
-            ThreadPoolExecutor(threads) as pool,
-            tqdm(total=len(paths), desc="checking images", unit="img", disable=None) as bar,
+            ThreadPoolExecutor(num_cores()) as pool,
+            tqdm(
+                total=len(paths), initial=len(paths) - len(todo), desc="checking images", unit="img", disable=None
+            ) as bar,
         ):
-            while chunk := list(islice(todo, _CHUNK)):
-                results = list(pool.map(self._try, chunk))
-                self._put([(self._key(p), r) for p, r in zip(chunk, results, strict=True) if isinstance(r, bytes)])
+            for start in range(0, len(todo), _CHUNK):
+                chunk = todo[start : start + _CHUNK]
+                results = list(pool.map(self._check, chunk))
+                good = [(self._key(p), r) for p, r in zip(chunk, results, strict=True) if isinstance(r, bytes)]
+                put_all(self._environment, good)
                 bad += [str(r) for r in results if isinstance(r, ValueError)]
                 bar.update(len(chunk))
         return bad
 
-    def _try(self, path):
+    def _check(self, path):
+        """The shortened image, b"" where the file is taken as it is, or the ValueError that says why it can't be."""
         try:
-            return self._check(path)
+            encoded = path.read_bytes()
+            stored = open_image(encoded, str(path))
+        except OSError as error:
+            return ValueError(f"{path}: {error.strerror}")
         except ValueError as error:
             return error
-
-    def _check(self, path):
-        encoded = path.read_bytes()
-        stored = open_image(encoded, str(path))
         image = upright(stored)
         scale = min(1, (self._shorter_side or math.inf) / min(image.size))
         if scale == 1 and image is stored:
             if len(encoded) > MAX_RECORD_BYTES - 1024:
-                raise ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
+                return ValueError(f"{path}: {len(encoded):,} bytes are too many for a record; use --shorter-side")
             return b""
         size = [max(1, round(side * scale)) for side in image.size]
         lossy = encoded.startswith(b"\xff\xd8") or encoded[8:12] == b"WEBP" or encoded[4:8] == b"ftyp"  # AVIF
@@ -394,19 +327,6 @@ class _Checked:
         image.resize(size, Image.Resampling.BICUBIC).save(stream, **how, exif=b"")
         return stream.getvalue()
 
-    def _put(self, items):
-        while True:
-            try:
-                with self._environment.begin(write=True) as transaction:
-                    for key, value in items:
-                        transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                self._size *= 2
-                self._environment.set_mapsize(self._size)
-            except lmdb.Error as error:
-                raise OSError(f"{self._environment.path()}: {error}; free some room and repeat the command") from None
-
 
 def _first(items, separator=", ", limit=3):
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
@@ -414,40 +334,17 @@ def _first(items, separator=", ", limit=3):
 
 
 def _build_parser():
-    splits = "\n".join(f"  {name:14}{copy.split}" for name, copy in COPIES.items())
-    parser = Parser(
-        prog="python -m tools.prepare_data",
-        usage="%(prog)s NAME [options]",
-        description=__doc__,
-        epilog=f"splits of torchvision's copies:\n{splits}",
-    )
-    parser.add_argument("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
-    parser.add_argument("--split", type=Path, metavar="FILE", help="split file of CoOp, split_zhou_*.json")
-    parser.add_argument(
-        "--data-path",
-        type=Path,
-        default=Path("datasets"),
-        metavar="DIR",
-        help="folder that holds the data sets (default: datasets)",
-    )
-    parser.add_argument(
-        "--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its own copies (default: <data-path>/raw)"
-    )
-    parser.add_argument(
-        "--shorter-side",
-        type=int,
-        metavar="N",
-        help="shorten larger images to N pixels on the shorter side (default: files as they are); a "
-        "few times smaller, but no longer the published pixels",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="decoding threads, 0 for one per core (default: 0); the result does not depend on it",
-    )
+    splits = "\n".join(["splits of torchvision's copies:", *(f"  {name:14}{split}" for name, split in SPLITS.items())])
+    how = {"usage": "%(prog)s NAME [options]", "description": __doc__, "epilog": splits}
+    parser = Parser(prog="python -m tools.prepare_data", **how)
+    add = parser.add_argument
+    add("name", metavar="NAME", help="name of the data set; the folder becomes <data-path>/NAME")
+    add("--images", type=Path, metavar="DIR", help="image folder that the paths of --split start from")
+    add("--split", type=Path, metavar="FILE", help="split file of CoOp, split_zhou_*.json")
+    add("--data-path", type=Path, default="datasets", metavar="DIR", help="folder of the data sets (default: datasets)")
+    add("--raw-path", type=Path, metavar="DIR", help="where torchvision keeps its copies (default: <data-path>/raw)")
+    text = "shorten larger images to N pixels on the shorter side (default: files as they are); a few times smaller, "
+    add("--shorter-side", type=int, metavar="N", help=text + "but no longer the published pixels")
     return parser
 
 
@@ -459,8 +356,8 @@ def _samples(arguments):
         raise ValueError(f"{name} needs no preparation: the scripts read it as it is")
     if (arguments.images is None) != (arguments.split is None):
         raise ValueError("--images and --split go together: the paths of the split file start at the image folder")
-    if arguments.workers < 0 or (arguments.shorter_side is not None and arguments.shorter_side < 1):
-        raise ValueError("--workers must be 0 or more, --shorter-side 1 or more")
+    if arguments.shorter_side is not None and arguments.shorter_side < 1:
+        raise ValueError(f"--shorter-side must be 1 or more, got {arguments.shorter_side}")
     if arguments.images is not None:
         return coop_samples(arguments.images, arguments.split)
     if name not in COPIES:
@@ -470,14 +367,10 @@ def _samples(arguments):
             f"{split} (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md has images and split files)"
         )
     raw = arguments.raw_path or arguments.data_path / "raw"
-    copy = COPIES[name]
-    print(f"split: {copy.split}", flush=True)
+    print(f"split: {SPLITS[name]}", flush=True)
     if name in SPLIT_FILES:
-        print(
-            f"which is not the paper's: for its sizes add --images {raw / copy.images} "
-            f"--split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)",
-            flush=True,
-        )
+        use = f"--images {raw / COPIES[name].images} --split split_zhou_{SPLIT_FILES[name]}.json (of CoOp)"
+        print(f"which is not the paper's: for its sizes add {use}", flush=True)
     return torchvision_samples(name, raw)
 
 
@@ -490,14 +383,16 @@ def main(argv=None):
             raise FileExistsError(f"{folder} exists and is no ILM-VP folder; move it, or take another --data-path")
         print(f"{folder} is there already and left alone; remove it to prepare it again")
         return 0
+    check_writable(folder, "--data-path")
     train, test, class_names = _samples(arguments)
-    prepare(folder, train, test, class_names, arguments.shorter_side, arguments.workers)
+    prepare(folder, train, test, class_names, arguments.shorter_side)
     print(f"{folder}: {len(train)} training and {len(test)} test images, {len(class_names)} classes")
     info = DATASETS.get(arguments.name)
-    if info is not None and info.train and (info.train, info.test) != (len(train), len(test)):
-        print(f"published: {info.train} training and {info.test} test images, {info.classes} classes")
-    use = f"{arguments.name} --data-path {arguments.data_path}" if info is not None else f"folder:{folder}"
-    print(f"check it: python -m tools.check_data {folder}; use it: --dataset {use}")
+    if info and (other := info.unlike(train=len(train), test=len(test), classes=len(class_names))):
+        print(f"not as published: {', '.join(other)}")
+    name = [arguments.name, "--data-path", str(arguments.data_path)] if info is not None else [f"folder:{folder}"]
+    print("check it:", shlex.join(["python", "-m", "tools.check_data", str(folder)]))
+    print("use it:", shlex.join(["--dataset", *name]))
     return 0
 
 

@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-path = Path(sys.argv[0]).resolve()
-print(
-    f"error: start it from the folder {path.parents[1]} as python -m tools.{path.stem}, not by its path",
-    file=sys.stderr,
-)
+root = Path(__file__).resolve().parents[1]
+command = Path(sys.argv[0]).resolve().relative_to(root).with_suffix("").parts[1]
+print(f"error: start it from the folder {root} as python -m tools.{command}, not by its path", file=sys.stderr)
 sys.exit(2)

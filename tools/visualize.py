@@ -20,9 +20,9 @@ What cannot be drawn is named with the reason, and left out.
 
 import csv
 import difflib
-import json
 import math
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -33,10 +33,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools.console import Parser, one_line_warnings, user_errors, warn
-from data.files import printable, read_json
+from data.files import printable, read_json, write_json
 from data.image_set import take
 from mapping import MAPPINGS
 from tools.training.finished import add_run_arguments, load_run
+from tools.training.run_folder import check_writable
 
 STYLE = {
     "font.size": 8,
@@ -55,6 +56,7 @@ STYLE = {
 COLOURS = ("#000000", "#0b559f", "#c4622d", "#4aa3a2", "#9467bd", "#8c8c8c", "#d62728", "#2ca02c", "#e0a800", "#e377c2")
 MARKERS = "osD^vP*Xh<"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (7, 3)), (0, (2, 2)), (0, (9, 2)))
+BARS = {"color": "#9db4cc", "edgecolor": "#4a6a8a", "linewidth": 0.5}
 LABELS_SHOWN, LABELS_IN_TSNE, IMAGES_IN_TSNE = 6, 10, 50
 SOURCES_SHOWN, ROWS_SHOWN, BARS_SHOWN = 8, 120, 60
 # From negative to positive, also in grey: the darker, the more negative.
@@ -172,11 +174,9 @@ class Drawing:
         figure = Figure(figsize=(1.25 * len(panels), 2.2), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)
         for axis, (image, above, below) in zip(axes[0], panels, strict=True):
-            axis.imshow(image)
+            _show(axis, image)
             axis.set_title(above)
             axis.set_xlabel(below, fontsize=7)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
         figure.supxlabel(f"pattern: {caption}", fontsize=6.5)
         return figure, {"caption": caption, "images": numbers}
 
@@ -188,27 +188,24 @@ class Drawing:
         axes = figure.subplots(
             len(self.chosen), examples + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * examples + [2.4]}
         )
-        limit = 1.04 * max((abs(w) for top in tops for _, w in top), default=1)
-        signed = any(w < 0 for top in tops for _, w in top)
+        weights = [w for top in tops for _, w in top]
+        limit, signed = 1.04 * max(map(abs, weights), default=1), min(weights, default=0) < 0
         for line, label, top in zip(axes, self.chosen, tops, strict=True):
-            images = self._test_images(label, examples)
-            for axis, image in zip(line[:-1], images, strict=False):
-                axis.imshow(image.permute(1, 2, 0).numpy())
-            for axis in line[:-1]:
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
-            line[0].set_title(_short(self.class_names[label], 60), loc="left", fontweight="bold")
+            *places, bars = line
+            for axis, image in zip_longest(places, self._test_images(label, examples)):
+                _show(axis, None if image is None else image.permute(1, 2, 0).numpy())
+            places[0].set_title(_short(self.class_names[label], 60), loc="left", fontweight="bold")
             names = [_short(self.source_names[s], 40) for s, _ in top]
-            bars = line[-1].barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", lw=0.4)
-            for bar, (_, w) in zip(bars, top, strict=True):
+            drawn = bars.barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", lw=0.4)
+            for bar, (_, w) in zip(drawn, top, strict=True):
                 if w < 0:
                     bar.set(facecolor="white", edgecolor="#b4531f", hatch="/////")
-            line[-1].axvline(0, color="black", linewidth=0.6)
-            line[-1].set_yticks(range(len(top)), names, fontsize=6.5)
-            line[-1].set(xlim=(-limit if signed else 0, limit), ylim=(max(map(len, tops)) - 0.4, -0.6))
-            line[-1].tick_params(axis="y", length=0)
-            line[-1].tick_params(axis="x", labelbottom=label == self.chosen[-1])
-        axes[-1, -1].set_xlabel("weight ω\n(hatched: speaks against the label)" if signed else "weight ω")
+            bars.axvline(0, color="black", linewidth=0.6)
+            bars.set_yticks(range(len(top)), names, fontsize=6.5)
+            bars.set(xlim=(-limit if signed else 0, limit), ylim=(max(map(len, tops)) - 0.4, -0.6))
+            bars.tick_params(axis="y", length=0)
+            bars.tick_params(axis="x", labelbottom=label == self.chosen[-1])
+        bars.set_xlabel("weight ω\n(hatched: speaks against the label)" if signed else "weight ω")
         return figure, {
             self.class_names[t]: [{"label": s, "name": self.source_names[s], "weight": w} for s, w in top]
             for t, top in zip(self.chosen, tops, strict=True)
@@ -244,14 +241,13 @@ class Drawing:
         bar = figure.colorbar(mesh, shrink=0.5, pad=0.01, extend="both" if "cmap" in options else "neither")
         names = [_short(self.class_names[t], 30) for t in columns], [_short(row_names[s], 40) for s in rows]
         steps = []
-        for set_ticks, texts, inches, rotated in zip(
-            (axis.set_xticks, axis.set_yticks), names, (width, height), ({"rotation": 90}, {}), strict=True
-        ):
+        for set_ticks, texts, inches in zip((axis.set_xticks, axis.set_yticks), names, (width, height), strict=True):
             points = 72 * inches / len(texts)
             steps.append(max(1, math.ceil(6.4 / points)))  # smaller ones nobody can read
             shown = range(0, len(texts), steps[-1])
-            set_ticks(shown, [texts[i] for i in shown], fontsize=min(7, 0.9 * points * steps[-1]), **rotated)
+            set_ticks(shown, [texts[i] for i in shown], fontsize=min(7, 0.9 * points * steps[-1]))
         axis.tick_params(length=2 if max(steps) > 1 else 0, pad=2)
+        axis.tick_params(axis="x", rotation=90)
         return figure, axis, bar, steps[0]
 
     def curves(self):
@@ -271,16 +267,7 @@ class Drawing:
                 values = [np.nan if line[key] is None else scale * line[key] for line in self.metrics]
                 if np.isfinite(values).any():
                     drawn += values
-                    axis.plot(
-                        epochs,
-                        values,
-                        color=COLOURS[i],
-                        linestyle=DASHES[i],
-                        marker=MARKERS[i],
-                        markerfacecolor="none" if i else None,
-                        label=name,
-                        **_marks(epochs),
-                    )
+                    axis.plot(epochs, values, label=name, **_line(i, epochs))
             _epoch_axis(axis, epochs)
             if drawn:
                 axis.set_ylim(0, 1.08 * max(np.nanmax(drawn), 1e-9))
@@ -305,34 +292,24 @@ class Drawing:
         axes = figure.subplots(down, across, squeeze=False, sharex=True)
         numbers, bounded = {}, False
         for axis, label in zip(axes.flat, self.chosen, strict=False):
-            # What is not among an epoch's kept labels weighs 0 where one of these does, and else at most as the least.
             entries = [
                 dict(zip(*(entry[key][label].tolist() for key in ("labels", "weights")), strict=True))
                 for entry in history
             ]
-            least = [0.0 if len(entry) == 1 else min(map(abs, entry.values())) for entry in entries]
-            known = [len(entry) == 1 or 0 in entry.values() for entry in entries]
-            ever = {s for entry in entries for s, w in entry.items() if w}
+            # What is not among an epoch's kept labels weighs 0 where one of these does, and else at most as the least.
+            least = np.array([0.0 if len(entry) == 1 else min(map(abs, entry.values())) for entry in entries])
+            absent = np.where(least > 0, np.nan, 0.0)
             lines = {
-                s: np.array([entry.get(s, 0.0 if sure else np.nan) for entry, sure in zip(entries, known, strict=True)])
-                for s in ever
+                s: np.array([entry.get(s, other) for entry, other in zip(entries, absent, strict=True)])
+                for s in {s for entry in entries for s, w in entry.items() if w}
             }
             shown = sorted(lines, key=lambda s: (-np.nanmax(np.abs(lines[s])), s))[:sources]
             for i, s in enumerate(shown):
-                bound = np.where(np.isnan(lines[s]), least, lines[s])
-                if np.isnan(lines[s]).any():
-                    bounded = True
+                unknown = np.isnan(lines[s])
+                if unknown.any():
+                    bounded, bound = True, np.where(unknown, least, lines[s])
                     axis.plot(epochs, bound, color=COLOURS[i], linestyle=(0, (1, 2)), linewidth=0.7, clip_on=False)
-                axis.plot(
-                    epochs,
-                    lines[s],
-                    color=COLOURS[i],
-                    linestyle=DASHES[i],
-                    marker=MARKERS[i],
-                    markerfacecolor="white" if i % 2 else None,
-                    label=_short(self.source_names[s], 30),
-                    **_marks(epochs),
-                )
+                axis.plot(epochs, lines[s], label=_short(self.source_names[s], 30), **_line(i, epochs))
             axis.set_title(_short(self.class_names[label], 60), fontweight="bold")
             values = [v for s in shown for v in lines[s] if not np.isnan(v)]
             axis.set_ylim(1.08 * min([*values, 0.0]), 1.08 * max([*values, 1e-9]))
@@ -340,13 +317,9 @@ class Drawing:
             _epoch_axis(axis, epochs)
             if shown:
                 axis.legend(loc="upper left", bbox_to_anchor=(1, 1.05), fontsize=6.5, handlelength=2.6)
+            weights = {s: [None if np.isnan(w) else w for w in lines[s].tolist()] for s in shown}
             numbers[self.class_names[label]] = [
-                {
-                    "label": s,
-                    "name": self.source_names[s],
-                    "weights": [None if np.isnan(w) else float(w) for w in lines[s]],
-                }
-                for s in shown
+                {"label": s, "name": self.source_names[s], "weights": weights[s]} for s in shown
             ]
         for axis in axes.flat[len(self.chosen) :]:
             axis.set_axis_off()
@@ -371,11 +344,9 @@ class Drawing:
         labels = torch.tensor([t for t, group in groups for _ in group])
         if len(images) < 4:
             raise NotDrawn(f"t-SNE needs at least 4 test images of the classes shown, and there are {len(images)}")
-        chunks = images.split(32)
+        chunks, classifier, embed = images.to(system.device).split(32), system.classifier, system.input_vr.embed
         with torch.inference_mode():
-            plain = torch.cat(
-                [system.classifier(system.input_vr.embed(chunk.to(system.device))).float().cpu() for chunk in chunks]
-            )
+            plain = torch.cat([classifier(embed(chunk)).float().cpu() for chunk in chunks])
             after = torch.cat([logits.cpu() for logits in self.run.downstream_logits(chunks)])
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
@@ -386,16 +357,9 @@ class Drawing:
             places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(outputs.numpy())
             share = same_class_neighbours(outputs, labels)
             for i, (t, _) in enumerate(groups):
-                here = places[(labels == t).numpy()]
-                axis.scatter(
-                    *here.T,
-                    s=16,
-                    marker=MARKERS[i],
-                    facecolor=COLOURS[i] if i % 2 == 0 else "none",
-                    edgecolor=COLOURS[i],
-                    linewidth=0.7,
-                    label=_short(self.class_names[t], 24),
-                )
+                here, look = places[(labels == t).numpy()], {"marker": MARKERS[i], "edgecolor": COLOURS[i]}
+                look["facecolor"] = "none" if i % 2 else COLOURS[i]
+                axis.scatter(*here.T, s=16, linewidth=0.7, label=_short(self.class_names[t], 24), **look)
             axis.set(title=f"{title}\nnearest neighbour of the same class: {share:.0%}", xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
             numbers[name] = {"same_class_neighbours": share, "places": places.tolist()}
@@ -407,9 +371,7 @@ class Drawing:
     def _evaluation(self):
         """(evaluation, counts): what evaluation.json and confusion.csv hold of this checkpoint."""
         suffix = "" if self.checkpoint == "last" else f"-{self.checkpoint}"
-        measured, table = (
-            self.run.folder / f"{name}{suffix}.{kind}" for name, kind in (("evaluation", "json"), ("confusion", "csv"))
-        )
+        measured, table = (self.run.folder / name for name in (f"evaluation{suffix}.json", f"confusion{suffix}.csv"))
         if not measured.is_file() or not table.is_file():
             raise NotDrawn(f"not measured yet; python -m tools.evaluate {self.run.folder} does")
         try:
@@ -420,8 +382,6 @@ class Drawing:
             names = [c["name"] for c in evaluation["classes"]]
             if evaluation["epoch"] != self.run.epoch or not names == head[1:] == self.class_names:
                 raise NotDrawn(f"{measured} is of another state of the run; run tools.evaluate again")
-            if counts.shape != (len(names),) * 2 or len(evaluation["calibration"]) < 1:
-                raise ValueError("its sizes disagree")
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise NotDrawn(f"{measured} or {table.name} is damaged ({error}); run tools.evaluate again") from error
         return evaluation, counts
@@ -449,13 +409,7 @@ class Drawing:
         most = max(map(len, parts.values()))
         figure = Figure(figsize=(4.4 * len(parts), 0.13 * most + 0.8), layout="constrained")
         for axis, (title, shown) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
-            axis.barh(
-                range(len(shown)),
-                [100 * c["accuracy"] for c in shown],
-                color="#9db4cc",
-                edgecolor="#4a6a8a",
-                linewidth=0.4,
-            )
+            axis.barh(range(len(shown)), [100 * c["accuracy"] for c in shown], **BARS)
             axis.set_yticks(range(len(shown)), [_short(c["name"], 30) for c in shown], fontsize=6.5)
             for place, c in enumerate(shown):
                 if c["confused_with"] is not None:
@@ -469,40 +423,16 @@ class Drawing:
         """Accuracy against confidence in bins, and how many images fall into each."""
         evaluation, _ = self._evaluation()
         bins = evaluation["calibration"]
-        edges = np.linspace(0, 1, len(bins) + 1)
-        filled = [(i, b) for i, b in enumerate(bins) if b["num_samples"]]
+        left = np.arange(len(bins)) / len(bins)
+        confidence, accuracy = (np.array([b[key] for b in bins], float) for key in ("confidence", "accuracy"))
         figure = Figure(figsize=(3.4, 4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
-        upper.bar(
-            [edges[i] for i, _ in filled],
-            [b["accuracy"] for _, b in filled],
-            1 / len(bins),
-            align="edge",
-            color="#9db4cc",
-            edgecolor="#4a6a8a",
-            linewidth=0.5,
-            label="accuracy",
-        )
-        upper.plot(
-            [b["confidence"] for _, b in filled],
-            [b["accuracy"] for _, b in filled],
-            "o",
-            color="black",
-            clip_on=False,
-            label="at the bin's mean confidence",
-        )
+        upper.bar(left, accuracy, 1 / len(bins), align="edge", label="accuracy", **BARS)
+        upper.plot(confidence, accuracy, "ko", clip_on=False, label="at the bin's mean confidence")
         upper.plot([0, 1], [0, 1], color="#b4531f", linestyle="--", label="calibrated")
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"calibration error {evaluation['ece']:.1%}")
         upper.legend(loc="upper left", fontsize=6.5)
-        lower.bar(
-            edges[:-1],
-            [b["num_samples"] for b in bins],
-            1 / len(bins),
-            align="edge",
-            color="#c9ced6",
-            edgecolor="#56616f",
-            linewidth=0.5,
-        )
+        lower.bar(left, [b["num_samples"] for b in bins], 1 / len(bins), align="edge", **BARS)
         lower.set(xlabel="confidence", ylabel="images")
         return figure, {"ece": evaluation["ece"], "bins": bins}
 
@@ -517,9 +447,19 @@ def _named(every):
     return "" if every == 1 else f" (every {every}{'nd' if every == 2 else 'rd' if every == 3 else 'th'} is named)"
 
 
-def _marks(epochs):
-    """Marks at some dozen epochs, whole also at the edge of the axes."""
-    return {"markevery": max(1, len(epochs) // 10), "clip_on": False}
+def _show(axis, image):
+    """An image, or an empty place where there is none, without a frame."""
+    if image is not None:
+        axis.imshow(image)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _line(i, epochs):
+    """The look of the ``i``-th line: marks at some dozen epochs, whole also at the edge of the axes."""
+    look = {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
+    face = "white" if i % 2 else COLOURS[i]
+    return look | {"markerfacecolor": face, "markevery": max(1, len(epochs) // 10), "clip_on": False}
 
 
 def _epoch_axis(axis, epochs):
@@ -570,36 +510,23 @@ def draw(run, chosen, folder, checkpoint="last"):
             figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
             figure.savefig(folder / f"{name}.png")
             yield name, None
-    (folder / "figures.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_json(folder / "figures.json", numbers)
 
 
 @user_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.visualize", description=__doc__)
     add_run_arguments(parser)
-    parser.add_argument(
-        "--label",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"a downstream label to show; may be repeated (default: {LABELS_SHOWN} across the task)",
-    )
+    text = f"a downstream label to show; may be repeated (default: {LABELS_SHOWN} across the task)"
+    parser.add_argument("--label", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--out", metavar="FOLDER", help="where the figures go (default: RUN/figures)")
-    arguments = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with one_line_warnings():
-        run = load_run(
-            arguments.run,
-            arguments.device,
-            arguments.data_path,
-            arguments.weights,
-            ("test",),
-            arguments.checkpoint,
-            arguments.plugin,
-        )
-        names = run.class_names
-        chosen = find_labels(dict.fromkeys(arguments.label), names) or spread(LABELS_SHOWN, len(names))
-        folder = Path(arguments.out or run.folder / "figures")
-        for name, left_out in draw(run, chosen, folder, arguments.checkpoint):
+        run = load_run(args.run, args.device, args.data_path, args.weights, ("test",), args.checkpoint, args.plugin)
+        chosen = find_labels(dict.fromkeys(args.label), run.class_names) or spread(LABELS_SHOWN, len(run.class_names))
+        folder = Path(args.out or run.folder / "figures")
+        check_writable(folder, "--out")
+        for name, left_out in draw(run, chosen, folder, args.checkpoint):
             if left_out:
                 warn(f"{name} is left out: {left_out}")
             else:

@@ -27,7 +27,6 @@ from data import (
 )
 from data.class_names import CIFAR10, CIFAR100, GTSRB, clean_class_name
 from data.decode import open_image
-from data.registry import stratified_subset
 from models.torchvision_shim import ensure_torchvision
 from tests.data.helpers import edit_split, encoded_image, make_class_folders, make_ilmvp, put
 
@@ -244,7 +243,6 @@ def test_a_share_to_test_is_for_data_without_test_images(tmp_path):
     root = make_class_folders(tmp_path / "photos", {"cat": 1, "dog": 1})
     refused(ValueError, r"has test images \(photos/test\); leave it out", f"folder:{root}", test_fraction=0.2)
     refused(ValueError, r"digits has test images \(digits/test\); leave it out", "digits", test_fraction=0.2)
-    refused(ValueError, "test fraction is 1, expected above 0 and below 1", f"folder:{root}", test_fraction=1)
     shutil.rmtree(root / "test")
     refused(ValueError, "needs two or more images of a class", f"folder:{root}", test_fraction=0.2)
     refused(
@@ -411,26 +409,19 @@ def test_missing_data_set_names_the_folder_it_should_be_in(tmp_path):
     refused(FileNotFoundError, "sun397 is not a folder.*train.lmdb, test.lmdb, split.json", "sun397", tmp_path)
 
 
-def test_train_fraction_is_stratified_seeded_and_rounds_half_up():
-    labels = torch.tensor([0] * 50 + [1] * 5 + [2] + [5] * 3)
-    rows = stratified_subset(labels, 0.29, 0)
-    assert torch.bincount(labels[rows]).tolist() == [15, 1, 1, 0, 0, 1]  # 14.5, 1.45, 0.29, 0.87
-    assert torch.equal(rows, stratified_subset(labels, 0.29, 0)) and torch.equal(rows, rows.sort().values)
-    assert not torch.equal(rows, stratified_subset(labels, 0.29, 1))
-    assert stratified_subset(labels, 1.0, 0).tolist() == list(range(59))
+def test_train_fraction_is_stratified_seeded_and_rounds_half_up(monkeypatch):
+    source = ArraySource("mine", np.zeros((59, 8, 8, 3), np.uint8), [0] * 50 + [1] * 5 + [2] + [5] * 3)
+    info = DatasetInfo(None, None, None, 16, lambda name, data_path: (list("abcdef"), source, source))
+    monkeypatch.setitem(DATASETS, "mine", info)
+    mine, again, other = (task_of("mine", train_fraction=0.29, seed=seed).train for seed in (0, 0, 1))
+    assert torch.bincount(mine.labels).tolist() == [15, 1, 1, 0, 0, 1]  # 14.5, 1.45, 0.29, 0.87
+    rows = [int(name.rpartition("/")[2]) for name in mine.names]
+    assert mine.names == again.names != other.names and rows == sorted(rows)
     task = task_of("synthetic", train_fraction=0.5, seed=4)
     assert torch.bincount(task.train.labels).tolist() == [4] * 8 and len(task.test) == 32
     whole = task_of("synthetic")
     rows = torch.tensor([int(name.rpartition("/")[2]) for name in task.train.names])
     assert torch.equal(task.train.images[:], whole.train.images[rows])
-    for fraction in (0, -1, 1.01, float("nan")):
-        refused(
-            ValueError,
-            "train fraction is .*, expected above 0 and at most 1",
-            "synthetic",
-            train_fraction=fraction,
-        )
-    refused(ValueError, "workers is -1", "synthetic", workers=-1)
 
 
 def test_shots_are_drawn_per_class_with_the_seed(tmp_path):
@@ -445,8 +436,6 @@ def test_shots_are_drawn_per_class_with_the_seed(tmp_path):
     with pytest.warns(UserWarning, match="fewer than 2 training images of 'tulip': all are used"):
         task = task_of(f"folder:{folder}", shots=2)
     assert torch.bincount(task.train.labels).tolist() == [2, 2, 1]
-    refused(ValueError, "shots is 0, expected 1 or more", "synthetic", shots=0)
-    refused(ValueError, "shots 2 and train fraction 0.5 exclude", "synthetic", shots=2, train_fraction=0.5)
 
 
 @pytest.mark.parametrize(("more", "each"), [({}, 8), ({"shots": 4}, 4), ({"train_fraction": 0.5}, 4)])
@@ -489,9 +478,6 @@ def test_a_class_is_never_held_out_as_a_whole(tmp_path):
     task = task_of(f"folder:{folder}", validation_fraction=0.9)
     assert torch.bincount(task.train.labels).tolist() == [1, 1, 1] and task.validation.labels.tolist() == [0, 1]
     refused(ValueError, "0.1 holds out no image; give a larger one", f"folder:{folder}", validation_fraction=0.1)
-    for fraction in (-0.1, 1, float("nan")):
-        refused(ValueError, "validation fraction is .*, expected 0 or more and below 1", "synthetic",
-                validation_fraction=fraction)  # fmt: skip
 
 
 def test_class_name_tables():
@@ -583,7 +569,7 @@ def test_torchvision_sets_that_can_not_be_had_say_what_to_fetch(name, tmp_path, 
     monkeypatch.setattr(datasets, DATASETS[name].open.factory, no_network)
     refused(
         FileNotFoundError,
-        f"{name} is not whole in .*data.* fetch http.* unpack it so",
+        f"{name} is not whole in .*data.* fetch http.* unpack it to get",
         name,
         tmp_path / "data",
     )

@@ -167,6 +167,7 @@ BAD = [
     (["--mapping", "flm", "--no-bayes"], ["--no-bayes is for blm and blmpp, but the mapping is flm"]),
     (["--mapping", "blm", "--no-topk"], ["--no-topk is for blmpp"]),
     (["--mapping", "rlm", "--no-iteration"], ["--no-iteration is for ilm and blm and blmpp"]),
+    (["--epochs", "0", "--no-iteration"], ["--no-iteration: with 0 epochs", "leave it out"]),
     (["--mapping", "ilm", "--laplace", "2"], ["--laplace is for blm and blmpp"]),
     (["--mapping", "blm", "--topk-ratio", "0.5"], ["--topk-ratio is for blmpp"]),
     (["--mapping", "blmp", "--linear-variant", "nobias"], ["--linear-variant is for linear, but the mapping is blmpp"]),

@@ -59,10 +59,6 @@ def test_folders_without_test_images(tmp_path, capsys):
         "train: 5 train images, 2 classes, no test images: train with --test-fraction",
         [],
     )
-    for i in range(150):
-        (photos / f"cat/{i:03}.txt").write_text("")
-    code, _, findings = check(capsys, photos)
-    assert code == 1 and len(findings) == 101 and findings[-1] == "and 50 more"
 
 
 def test_images_of_one_colour_are_named(tmp_path, capsys):
@@ -85,8 +81,8 @@ def test_data_sets_of_ones_own_and_those_made_on_the_spot(monkeypatch, capsys):
     code, summary, findings = check(capsys, "--dataset", "mine")
     assert code == 1 and summary == "mine: 2 train images, 2 test images, 2 classes"
     assert findings == [
-        "2 train images (published: 3); another split, or not whole",
         "class 1, 'b', has no training image",
+        "2 training images (published: 3); another split, or not whole",
     ]
 
 
@@ -135,7 +131,7 @@ def test_published_sizes(tmp_path, capsys):
     make_ilmvp(tmp_path / "dtd")
     expected = [
         f"{found} (published: {n}); another split, or not whole"
-        for found, n in (("5 train images", 2820), ("3 test images", 1692), ("3 classes", 47))
+        for found, n in (("5 training images", 2820), ("3 test images", 1692), ("3 classes", 47))
     ]
     assert check(capsys, tmp_path / "dtd")[2] == expected
     assert check(capsys, "--dataset", "dtd", "--data-path", tmp_path)[2] == expected
@@ -169,4 +165,4 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, words):
 def test_real_flowers(capsys):
     code, summary, findings = check(capsys, f"{REAL_DATA}/flowers102")
     assert code == 1 and summary == "flowers102: 1424 train images, 890 test images, 89 classes"
-    assert [finding.split(" (")[0] for finding in findings] == ["1424 train images", "890 test images", "89 classes"]
+    assert [finding.split(" (")[0] for finding in findings] == ["1424 training images", "890 test images", "89 classes"]

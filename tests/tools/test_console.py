@@ -109,17 +109,20 @@ def test_ctrl_c_during_the_set_up_of_a_training_run(tmp_path):
 # ---- started by their path ----
 
 
-def test_a_command_started_by_its_path_says_how_to_start_it(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "results"]
+@pytest.mark.parametrize("path", ["evaluate.py", "report", "report/__main__.py", "sweep"])
+def test_a_command_started_by_its_path_says_how_to_start_it(tmp_path, path):
+    command = [sys.executable, str(ROOT / "tools" / path), "results"]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert outcome.returncode == 2 and outcome.stdout == ""
-    said = f"error: start it from the folder {ROOT} as python -m tools.evaluate, not by its path\n"
-    assert outcome.stderr == said
+    name = path.partition("/")[0].removesuffix(".py")
+    assert outcome.stderr == f"error: start it from the folder {ROOT} as python -m tools.{name}, not by its path\n"
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"report", "sweep"}))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_command_imports_of_the_project_first_is_what_says_so(command):
-    imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / "tools" / f"{command}.py").read_text(), re.MULTILINE)
+    path = ROOT / "tools" / command
+    text = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    imports = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
     assert [name for name in imports if (ROOT / name).is_dir()][0] == "tools"
 
 

@@ -91,7 +91,9 @@ def test_best_checkpoint_and_table(vm_run, tmp_path, capsys):
     assert evaluation["accuracy"] == result["best_accuracy"] and evaluation["epoch"] == result["best_epoch"]
     assert (tmp_path / "confusion-best.csv").exists() and not (tmp_path / "evaluation.json").exists()
     assert f"{result['best_accuracy']:.2%}" in table and f"after epoch {result['best_epoch'] + 1} (best)" in table
-    shown = [float(line.split()[3].rstrip("%")) for line in table.splitlines()[-8:]]
+    *_, blank, written = table.splitlines()
+    assert blank == "" and written == f"written: {tmp_path}/evaluation-best.json, {tmp_path}/confusion-best.csv"
+    shown = [float(line.split()[3].rstrip("%")) for line in table.splitlines()[-10:-2]]
     assert shown == sorted(shown, reverse=True)
 
 

@@ -1,23 +1,20 @@
 """tools.predict on real runs through its command line."""
 
 import csv
+import errno
 import io
 import json
+import os
+import re
 
 import pytest
 import torch
 from PIL import Image
 
 from data.sources import synthetic
-from tests.conftest import train
 from tools import predict
 from tools.evaluate import test_logits as logits_of_test_set
 from tools.training.finished import load_run
-
-
-@pytest.fixture(scope="module")
-def lda_run(tmp_path_factory):
-    return train("train_vm", tmp_path_factory.mktemp("lda"), "--mapping", "lda", "--epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -89,35 +86,29 @@ def test_constant_on_all_pretrained_logits_changes_nothing():
     )
 
 
-def test_learned_mapping_has_a_rest(linear_run, photos, capsys):
-    (p,) = printed_json(capsys, linear_run, photos / "0.png")
-    run, why, winner = load_run(linear_run, splits=()), p["why"], p["predictions"][0]["label"]
-    image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
-    ((source, _),) = run.logits([image / 255.0])
-    weights, bias = run.system.mapping.weights, run.system.mapping.bias.detach()
-    columns = weights.sum(0)
-    rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * source.mean()
-    assert why["rest"] == pytest.approx(float(rest), abs=1e-3) and abs(why["rest"]) > 1e-3
-    assert why["pro"] + why["contra"] + why["rest"] == pytest.approx(why["margin"])
-
-
-def test_lda_explains_itself_with_its_bias(lda_run, photos, capsys):
-    """Also where a label was never seen, whose bias is beyond all logits: it takes no part in the mean."""
-    (p,) = printed_json(capsys, lda_run, photos / "0.png", "--top-k", "2000")
-    run, why, winner = load_run(lda_run, splits=()), p["why"], p["predictions"][0]["label"]
+@pytest.mark.parametrize("kind", ["linear_run", "lda_run"])
+def test_affine_mapping_has_a_rest(kind, request, photos, capsys):
+    folder = request.getfixturevalue(kind)
+    (p,) = printed_json(capsys, folder, photos / "0.png", "--top-k", "2000")
+    run, why, winner = load_run(folder, splits=()), p["why"], p["predictions"][0]["label"]
     image = torch.from_numpy(run.system.presets[1].store(Image.open(photos / "0.png")).copy()).permute(2, 0, 1)[None]
     ((source, target),) = run.logits([image / 255.0])
-    mapping = run.system.mapping
-    assert (mapping.weights < 0).any() and mapping.bias.abs().max() > 0
-    assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), rel=1e-4)
-    z, columns, bias = source[0].double(), mapping.weights.double().sum(0), mapping.bias.double()
+    assert why["margin"] == pytest.approx(float(target[0, winner] - target[0].mean()), rel=1e-4, abs=1e-4)
+    z, weights, bias = (x.detach().double() for x in (source[0], run.system.mapping.weights, run.system.mapping.bias))
+    columns = weights.sum(0)
     rest = bias[winner] - bias.mean() + (columns[winner] - columns.mean()) * z.mean()
-    assert why["rest"] == pytest.approx(float(rest), abs=1e-3 * why["pro"])
+    assert why["rest"] == pytest.approx(float(rest), abs=1e-3 * max(1, why["pro"])) and abs(why["rest"]) > 1e-3
     assert why["pro"] + why["contra"] + why["rest"] == pytest.approx(why["margin"])
     assert any(row["weight"] < 0 for row in why["sources"])
-    mapping._bias[(winner + 1) % 8] = -1e30
+
+
+def test_label_that_lda_never_saw_takes_no_part_in_the_mean(lda_run, photos):
+    """Its bias is beyond all logits."""
+    run = load_run(lda_run, splits=())
+    (p,), _ = predict.predict(run, [photos / "0.png"])
+    run.system.mapping._bias[(p["predictions"][0]["label"] + 1) % 8] = -1e30
     (again,), _ = predict.predict(run, [photos / "0.png"])
-    assert 0 < again["why"]["margin"] < 10 * abs(why["margin"]) + 100
+    assert 0 < again["why"]["margin"] < 10 * abs(p["why"]["margin"]) + 100
 
 
 def test_csv_and_table_say_the_same(vm_run, photos, capsys):
@@ -133,8 +124,22 @@ def test_csv_and_table_say_the_same(vm_run, photos, capsys):
     assert table[0] == str(photos / "5.PNG")
     first, source = p["predictions"][0], p["why"]["sources"][0]
     assert table[1].split() == [*first["name"].split(), f"{first['probability']:.2%}"]
-    assert table[4].split()[-2:] == [f"{source['contribution']:+.3f}", f"{source['weight']:+.4f}"]
-    assert table[-1].startswith(f"margin {p['why']['margin']:+.3f}")
+    assert table[3].startswith(f"why {first['name']}: ")
+    assert table[4].split()[-3:] == [f"{source['contribution']:+.3f}", "weight", f"{source['weight']:+.4f}"]
+
+
+def test_table_explains_itself_as_a_sum(lda_run, photos, capsys):
+    """Whatever is not shown by name has a row of its own, so that the column adds up to its last line."""
+    predict.main([str(lda_run), str(photos / "0.png"), "--top-k", "2"])
+    _, rows = capsys.readouterr().out.split("why ")
+    head, *rows = rows.splitlines()
+    assert "how far its score is above the average of all labels, as a sum" in head
+    *names, total = [row.split("  ")[1] for row in rows]
+    assert (
+        names[2:] == ["(others that raise it)", "(all that lower it)", "(due to no single one)"] and total == "(total)"
+    )
+    *terms, total = [float(re.search(r"[+-]\d+\.\d{3}(?!\d)", row)[0]) for row in rows]
+    assert sum(terms) == pytest.approx(total, abs=0.005)
 
 
 def test_any_size_and_mode(vm_run, tmp_path, capsys):
@@ -152,6 +157,7 @@ def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
     (tmp_path / "none\x1b[2J.jpg").write_text("not an image")
     whole = (photos / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "gone.png").symlink_to("absent.png")
     good = printed_json(capsys, vm_run, photos)
     with pytest.raises(SystemExit) as caught:
         predict.main([str(vm_run), str(tmp_path), str(photos), "--json"])
@@ -160,13 +166,27 @@ def test_bad_images_are_left_out(vm_run, photos, tmp_path, capsys):
     assert caught.value.code == 1 and [p["image"] for p in left] == [p["image"] for p in good]
     for one, other in zip(left, good, strict=True):
         assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-6)
-    one, other = printed.err.splitlines()
+    one, gone, other = printed.err.splitlines()
+    assert gone == f"warning: left out: {tmp_path}/gone.png: No such file or directory; restore or remove this image"
     assert one.startswith("warning: left out: ") and "cut.png: not a readable image" in one
     assert "not a readable image" in other and r"none\x1b[2J.jpg" in other
     with pytest.raises(SystemExit) as caught:
         predict.main([str(vm_run), str(tmp_path / "cut.png")])
     printed = capsys.readouterr()
     assert caught.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(photos, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="sub"):
+        predict.image_files([photos])
 
 
 def test_escapes_in_names_are_shown():

@@ -1,14 +1,16 @@
 """tools.prepare_data: what becomes of a split file and of torchvision's copies, cut off or tampered with."""
 
-import dataclasses
+import errno
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from data import load_task, padding_preset
 from data.ilmvp import LmdbSource, read_split
+from models.torchvision_shim import ensure_torchvision
 from tests.data.helpers import encoded_image
 from tools import prepare_data
 
@@ -57,7 +59,7 @@ def refused(capsys, *arguments):
 def test_split_file_to_folder(coop, tmp_path, capsys):
     assert prepare_data.main(coop) == 0
     out = capsys.readouterr().out
-    assert "3 training and 1 test images, 2 classes" in out and "published: 4093 training and 2463 test" in out
+    assert "3 training and 1 test images, 2 classes" in out and "3 training images (published: 4093)" in out
     folder = tmp_path / "datasets" / "flowers102"
     for split in ("train", "test"):
         source = LmdbSource(folder / f"{split}.lmdb")
@@ -152,7 +154,7 @@ def test_two_at_once(coop, tmp_path, capsys):
         assert "another process" in refused(capsys, *coop)
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "a\\..\\x.png", "", "link.png"])
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../secret.png", "a\0.png", "link.png"])
 def test_paths_out_of_the_image_folder(coop, tmp_path, capsys, path):
     (tmp_path / "secret.png").write_bytes(encoded_image(0))
     (tmp_path / "jpg" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -161,8 +163,17 @@ def test_paths_out_of_the_image_folder(coop, tmp_path, capsys, path):
     assert not (tmp_path / "datasets").exists()
 
 
-def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys):
-    images = tmp_path / "jpg"
+def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys, monkeypatch):
+    images, read_bytes = tmp_path / "jpg", Path.read_bytes
+
+    def refuse(path):
+        if path.name == "1.jpg":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert "1 images can't be used: " in (message := refused(capsys, *coop)) and "1.jpg: Permission" in message
     for name in ("a/0.png", "b/3.png"):
         (images / name).write_bytes(b"no image")
     message = refused(capsys, *coop)
@@ -170,15 +181,17 @@ def test_missing_and_unreadable_images_are_named(coop, tmp_path, capsys):
     assert not (tmp_path / "datasets" / "flowers102").exists()
     (images / "a/1.jpg").unlink()
     message = refused(capsys, *coop)
-    assert "1 images of" in message and "a/1.jpg" in message
+    assert "1 images are not in" in message and "a/1.jpg" in message
 
 
 BAD = [
     (["--images", "absent", "--split", "absent"], "absent is not a folder"),
     (["--images", "."], "go together"),
+    (["--images", ".", "--split", "."], ". is a folder; expected a JSON file"),
+    (["--data-path", "/proc/version"], "/proc/version is a file; choose another --data-path"),
     (["--shorter-side", "0"], "1 or more"),
-    (["--workers", "x"], "--workers"),
-    (["--worker", "2"], "did you mean --workers?"),
+    (["--shorter-side", "x"], "--shorter-side"),
+    (["--shorter", "2"], "did you mean --shorter-side?"),
 ]
 
 
@@ -212,7 +225,7 @@ def write_images(root, *paths):
 
 
 def expect_total(monkeypatch, name, total):
-    monkeypatch.setitem(prepare_data.COPIES, name, dataclasses.replace(prepare_data.COPIES[name], total=total))
+    monkeypatch.setitem(prepare_data.COPIES, name, prepare_data.COPIES[name]._replace(total=total))
 
 
 def content(folder):
@@ -277,14 +290,14 @@ def test_fgvc_aircraft_of_torchvision(tmp_path, monkeypatch, capsys):
     expect_total(monkeypatch, "fgvc_aircraft", 4)
     assert prepare_data.main(["fgvc_aircraft", "--data-path", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "published: 3334 training and 3333 test images" in printed and "not the paper's" not in printed
+    assert "2 test images (published: 3333)" in printed and "not the paper's" not in printed
     names, counts, split = content(tmp_path / "fgvc_aircraft")
     assert names == ["707 320", "747 100"] and counts == {"train": {0: 1, 1: 1}, "test": {0: 1, 1: 1}}
     assert [entry[0] for entry in split["test"]] == ["4.jpg", "5.jpg"]
 
 
 def test_no_network(tmp_path, monkeypatch, capsys):
-    prepare_data.ensure_torchvision()
+    ensure_torchvision()
     import torchvision.datasets.eurosat as module
 
     def offline(*arguments, **options):

@@ -18,18 +18,12 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import TINY
-from tools import check_data, prepare_data
+from tools import check_data, prepare_data, visualize
 from tools.sweep import __main__ as sweep
 from tools.sweep import cells, display, jobs, runner, slurm
 
-GRIDS = sorted((Path(__file__).parents[2] / "tools" / "sweep" / "grids").glob("*.yaml"))
-SMALL = [
-    *TINY,
-    "--epochs",
-    "2",
-    "--batch-size",
-    "32",
-]
+GRIDS = Path(__file__).parents[2] / "tools" / "sweep" / "grids"
+SMALL = [*TINY, "--epochs", "2", "--batch-size", "32"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,32 +48,31 @@ def grid_file(text, path="grid.yaml"):
 # ---- grids ----
 
 
-@pytest.mark.parametrize("path", GRIDS, ids=[path.stem for path in GRIDS])
-def test_shipped_grids(path):
+RUNS = {
+    "main_padding": 360,
+    "main_watermarking": 360,
+    "clip": 180,
+    "training_size": 60,
+    "laplace": 120,
+    "topk_ratio": 60,
+    "ablations": 84,
+    "linear": 108,
+    "training_cost": 12,
+    "study": 180,
+    "shots": 60,
+}
+
+
+@pytest.mark.parametrize("name", sorted(RUNS.keys() | {path.stem for path in GRIDS.glob("*.yaml")}))
+def test_shipped_grids(name):
+    path = GRIDS / f"{name}.yaml"
     planned = cells.expand(cells.read_grid(path))  # makes the config of every cell, and so checks its values
-    expected = {
-        "main_padding": 360,
-        "main_watermarking": 360,
-        "clip": 180,
-        "training_size": 60,
-        "laplace": 120,
-        "topk_ratio": 60,
-        "ablations": 84,
-        "linear": 108,
-        "training_cost": 12,
-        "study": 180,
-        "shots": 60,
-    }
-    assert len(planned) == expected[path.stem]
+    assert len(planned) == RUNS[name]
     assert len({cell.folder for cell in planned}) == len({cell.log for cell in planned}) == len(planned)
     batch_sizes = {cell.cfg.batch_size for cell in planned if cell.cfg.dataset in ("dtd", "oxfordpets")}
     assert batch_sizes <= {64}, "the data set's recipe holds in a sweep as well"
     head = path.read_text().partition("\nscript:")[0]
     assert "# Expect: " in head and all(word in head for word in ("accuracy", "time", "memory", "measured"))
-
-
-def test_there_is_a_grid_for_every_table():
-    assert len(GRIDS) == 11
 
 
 def test_runs_are_told_apart_by_their_folders():
@@ -125,7 +118,7 @@ def test_flags_win_over_the_file(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[-1].startswith("8 runs: 8 waiting")
     script = cells.ROOT / "train_vm_fast.py"
-    assert lines[3] == (f"waiting  python {script} --dataset dtd --mapping ilm --no-iteration --seed 1")
+    assert lines[3] == (f"waiting         python {script} --dataset dtd --mapping ilm --no-iteration --seed 1")
     assert not Path("results").exists()
 
 
@@ -162,6 +155,7 @@ def test_bad_grids(tmp_path, capsys, text, words):
 BAD_FLAGS = [
     ([], "nothing to run"),
     (["absent.yaml"], "absent.yaml does not exist"),
+    (["."], ". is a folder; expected a YAML file"),
     (["--mappings", "blm"], "did you mean --mapping?"),
     (["--mapping", "blm", "--jobs", "0"], "--jobs must be 1 or more"),
     (["--bayes", "no"], "takes true or false"),
@@ -215,7 +209,7 @@ def test_sweep_of_real_runs(capsys):
     before = {path: path.stat().st_mtime_ns for path in Path("r").rglob("*")}
     Path("grid.yaml").write_text(Path("grid.yaml").read_text().rpartition("  -")[0])
     assert sweep.main(arguments) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "2 runs: 2 skipped"
+    assert capsys.readouterr().out.splitlines()[-1] == "2 runs: 2 finished before"
     assert {path: path.stat().st_mtime_ns for path in Path("r").rglob("*")} == before
 
     assert sweep.main([*arguments, "--epochs", "3", "--dry-run"]) == 0
@@ -301,7 +295,7 @@ def test_second_ctrl_c_kills(stand_in, capsys):
     thread = signal_after((began.exists, signal.SIGINT), (asked.exists, signal.SIGINT))
     assert sweep.main(["--seed", "9"]) == 130
     thread.join()
-    assert "1 runs: 1 stopped" in capsys.readouterr().out
+    assert "1 run: 1 stopped" in capsys.readouterr().out
 
 
 def test_two_ctrl_c_at_once_kill(monkeypatch):
@@ -314,7 +308,6 @@ def test_two_ctrl_c_at_once_kill(monkeypatch):
         stop=lambda cells, kill: killed.append(kill),
         exit_code=lambda cell: -9 if killed else None,
     )
-    monkeypatch.setattr(jobs, "_begin_log", lambda job: None)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
 
     def display(shown, changed):
@@ -383,7 +376,7 @@ def test_run_of_another_process_is_waited_for(stand_in, tmp_path, finished):
             lock.close()
 
     ended, signum = jobs.sweep(planned, runner.LocalRunner(1, []), display)
-    assert [job.state for job in ended] == ["skipped" if finished else "finished", "finished"] and signum == 0
+    assert [job.state for job in ended] == ["finished before" if finished else "finished", "finished"] and signum == 0
     assert seen[0] == ("busy elsewhere", "waiting") and planned[0].log.exists() is not finished
 
 
@@ -409,8 +402,8 @@ def test_run_that_another_process_took_first_is_not_failed(stand_in, tmp_path):
             super().start(started)
 
     (ended,), _ = jobs.sweep([cell], Slow(1, []), display)
-    assert ended.state == "skipped" and ended.error == ""
-    assert list(dict.fromkeys(seen)) == ["waiting", "running", "busy elsewhere", "skipped"]
+    assert ended.state == "finished before" and ended.error == ""
+    assert list(dict.fromkeys(seen)) == ["waiting", "running", "busy elsewhere", "finished before"]
 
 
 def command_cell(tmp_path, name, code, *arguments):
@@ -595,7 +588,7 @@ def test_job_that_slurm_starts_again_does_not_overwrite(tmp_path, monkeypatch):
         assert cell.log.read_text() == f"{printed}\n"
 
 
-@pytest.mark.parametrize("tool", [sweep, prepare_data, check_data])
+@pytest.mark.parametrize("tool", [sweep, prepare_data, check_data, visualize])
 def test_help(tool, capsys):
     with pytest.raises(SystemExit) as caught:
         tool.main(["--help"])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,6 @@ from tools.training.finished import load_run
 from tools.training.run_folder import load_checkpoint
 from tools.visualize import block_order, same_class_neighbours, spread
 
-ROOT = Path(__file__).parents[2]
 FIGURES = ("pattern", "labels", "mapping", "curves", "evolution", "outputs")
 
 
@@ -282,12 +279,10 @@ def test_bad_input(vm_run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert stop.value.code == 2 and said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_help_of_the_command():
-    command = [sys.executable, "-m", "tools.visualize", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--label NAME" in shown.stdout and "evolution" in shown.stdout
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit):
+        visualize.main([str(vm_run), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err.endswith("out is a file; choose another --out\n")
 
 
 def test_block_order_undoes_a_shuffle():

@@ -33,27 +33,15 @@ from tools.training.run_folder import check_writable
 
 
 def _build_parser():
-    parser = Parser(
-        prog="python -m tools.sweep", usage="%(prog)s [GRID.yaml] [options] [settings]", description=__doc__
-    )
-    parser.add_argument(
-        "grid",
-        nargs="?",
-        metavar="GRID.yaml",
-        help="grid file; its keys are the settings below, its "
-        "values one or a list; 'variants' is a list of smaller grids to join with the rest",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and their commands; run nothing")
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or 1; with --slurm 16)"
-    )
-    parser.add_argument(
-        "--slurm",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="run on Slurm; parameters of submitit's AutoExecutor, such as slurm_partition, "
-        "timeout_min (default 1440), cpus_per_task (4), gpus_per_node (1), mem_gb",
-    )
+    usage = "%(prog)s [GRID.yaml] [options] [settings]"
+    parser = Parser(prog="python -m tools.sweep", usage=usage, description=__doc__)
+    add = parser.add_argument
+    text = "grid file; its keys are the settings below, its values one or a list; 'variants' is a list of smaller "
+    add("grid", nargs="?", metavar="GRID.yaml", help=text + "grids to join with the rest")
+    add("--dry-run", action="store_true", help="print the runs and their commands; run nothing")
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, or 1; with --slurm 16)")
+    text = "run on Slurm; parameters of submitit's AutoExecutor, such as slurm_partition, timeout_min (default 1440), "
+    add("--slurm", nargs="*", metavar="KEY=VALUE", help=text + "cpus_per_task (4), gpus_per_node (1), mem_gb")
     settings = parser.add_argument_group("settings, with a value or several separated by commas")
     settings.add_argument("--script", metavar="SCRIPT", help=f"{', '.join(SCRIPTS)} (default: train_vm.py)")
     for setting in known_settings().values():
@@ -108,7 +96,7 @@ def main(argv=None):
     if arguments.dry_run:
         jobs = [Job(cell) for cell in cells]
         for job in jobs:
-            print(f"{job.state:8} {shlex.join(['python', *job.cell.command[1:]])} {job.error}".rstrip())
+            print(f"{job.state:15} {shlex.join(['python', *job.cell.command[1:]])} {job.error}".rstrip())
         print(status(jobs, arguments.jobs or 1))
         return 0
     if arguments.slurm is not None:

@@ -77,16 +77,12 @@ class Cell:
 class _Loader(yaml.SafeLoader):
     """Safe YAML that does not take a key twice."""
 
-
-def _mapping_without_doubles(loader, node):
-    keys = [key.value for key, _ in node.value]
-    double = next((key for key in keys if keys.count(key) > 1), None)
-    if double is not None:
-        raise yaml.MarkedYAMLError(problem=f"key {double!r} is there twice", problem_mark=node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        double = next((key for key in keys if keys.count(key) > 1), None)
+        if double is not None:
+            raise yaml.MarkedYAMLError(problem=f"key {double!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_grid(path):
@@ -99,7 +95,8 @@ def read_grid(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a YAML file such as those in tools/sweep/grids")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; expected a YAML file such as those in tools/sweep/grids")
     try:
         grid = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -134,7 +131,9 @@ def normalise(grid, allow_variants=True):
         if any(isinstance(each, (dict, list)) for each in values):
             raise ValueError(f"{key} takes a value or a list of values, got {value!r}")
         if name == "script":
-            _check_scripts(values)
+            for script in values:
+                if script not in SCRIPTS:
+                    raise ValueError(f"unknown script {script!r}; allowed are {', '.join(SCRIPTS)}")
         elif settings[name].affects != "result" and len(values) > 1:
             raise ValueError(f"{key} takes one value: it does not tell runs apart")
         elif isinstance(settings[name].default, bool) and any(not isinstance(each, bool) for each in values):
@@ -147,12 +146,6 @@ def override(grid, values):
     """The grid with ``values`` (a grid as well) in place of its own, also within its variants."""
     variants = [{k: v for k, v in variant.items() if k not in values} for variant in grid.get("variants", [{}])]
     return {**grid, **values, "variants": variants}
-
-
-def _check_scripts(values):
-    for script in values:
-        if script not in SCRIPTS:
-            raise ValueError(f"unknown script {script!r}; allowed are {', '.join(SCRIPTS)}")
 
 
 def expand(grid, elsewhere=False):

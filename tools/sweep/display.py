@@ -62,13 +62,13 @@ def _accuracy(job):
 
 def status(jobs, parallel):
     """One line: how many jobs are in which state, and how long it will take."""
-    states = ("finished", "skipped", "running", "queued", "waiting", "busy elsewhere", "failed", "stopped")
+    states = ("finished", "finished before", "running", "queued", "waiting", "busy elsewhere", "failed", "stopped")
     counts = {state: sum(job.state == state for job in jobs) for state in states}
     shown = [f"{count} {state}" for state, count in counts.items() if count]
     left = remaining_seconds(jobs, parallel)
     if any(not job.over for job in jobs):
         shown.append("time left not known yet" if left is None else f"about {duration(left)} left")
-    return f"{len(jobs)} runs: {', '.join(shown)}"
+    return f"{len(jobs)} run{'s' * (len(jobs) != 1)}: {', '.join(shown)}"
 
 
 def table(jobs, parallel):

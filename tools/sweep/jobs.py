@@ -1,7 +1,6 @@
 """From cells to finished runs: what state each is in, the loop that starts and follows them, what is left to do."""
 
 import json
-import os
 import shlex
 import signal
 import time
@@ -25,7 +24,7 @@ class Job:
     cell : Cell
     state : str
         ``waiting``, ``busy elsewhere`` (another process is at work on it), ``queued`` (by Slurm), ``running``,
-        ``finished``, ``skipped`` (finished before), ``failed`` or ``stopped``.
+        ``finished``, ``finished before`` (this sweep), ``failed`` or ``stopped``.
     error : str
         Why it failed: what its log says, or what stands in the way of starting it.
     lines : list of dict
@@ -44,12 +43,12 @@ class Job:
 
     def __post_init__(self):
         self.look()
-        if self.state == "skipped" or not self.cell.cfg.overwrite:
+        if self.state == "finished before" or not self.cell.cfg.overwrite:
             self.read_metrics()
 
     @property
     def over(self):
-        return self.state in ("finished", "skipped", "failed", "stopped")
+        return self.state in ("finished", "finished before", "failed", "stopped")
 
     @property
     def active(self):
@@ -67,7 +66,7 @@ class Job:
         except ValueError as error:
             self.state, self.error = "failed", str(error)
         else:
-            self.state = "skipped" if finished else "busy elsewhere" if in_use(self.cell.folder) else "waiting"
+            self.state = "finished before" if finished else "busy elsewhere" if in_use(self.cell.folder) else "waiting"
 
     def read_metrics(self):
         """Read which epochs are done; a line that is not whole yet waits for the next time."""
@@ -81,10 +80,10 @@ class Job:
 
     def log_error(self):
         """The last error that this attempt wrote, or else its last line."""
-        with suppress(OSError), open(self.cell.log, "rb") as log:
-            log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 65536))
-            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-            return next((line for line in reversed(lines) if line.startswith("error: ")), (lines or [""])[-1])
+        with suppress(OSError):
+            text = self.cell.log.read_bytes()[self.log_start :].decode("utf-8", "replace")
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1]
         return ""
 
 
@@ -146,21 +145,15 @@ def _start(jobs, runner, display):
             if job.state != before:
                 display(jobs, job)
     for job in chosen:
-        _begin_log(job)
+        job.cell.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(job.cell.log, "a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(job.cell.command)}\n")
+            job.log_start = log.tell()
     if chosen:
         runner.start([job.cell for job in chosen])
     for job in chosen:
         job.state, job.started = "queued" if runner.remote else "running", time.monotonic()
         display(jobs, job)
-
-
-def _begin_log(job):
-    """Begin a log file."""
-    cell = job.cell
-    cell.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(cell.log, "a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(cell.command)}\n")
-        job.log_start = log.tell()
 
 
 def _follow(job, runner, stopping):

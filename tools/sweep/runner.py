@@ -7,6 +7,8 @@ from contextlib import suppress
 
 import torch
 
+from data.memory import num_cores
+
 
 class LocalRunner:
     """Runs processes of this machine, at most ``parallel`` at a time, each with a GPU or its share of the cores.
@@ -38,20 +40,11 @@ class LocalRunner:
             if self._gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
             elif self.parallel > 1:
-                environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.parallel)))
+                environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.parallel)))
+            # a session of its own: Ctrl-C reaches this process alone, which then asks each run to end, once
+            how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
             with open(cell.log, "ab") as log:
-                # a session of its own: Ctrl-C reaches this process alone, which then asks each run to end, once
-                self._processes[cell.name] = (
-                    slot,
-                    subprocess.Popen(
-                        cell.command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    ),
-                )
+                self._processes[cell.name] = slot, subprocess.Popen(cell.command, env=environment, stdout=log, **how)
 
     def exit_code(self, cell):
         """None while the run is not over."""
@@ -75,7 +68,3 @@ def find_gpus(cells):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -29,15 +29,10 @@ class SlurmJob:
         """Run to the end; the exit code."""
         if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # its node failed, say
             self._go_on()
+        # Slurm sends SIGUSR2 to every process of a job whose time is nearly up; submitit answers it by `checkpoint`
+        how = {"preexec_fn": lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN), "stdin": subprocess.DEVNULL}
         with open(self.log, "ab") as log:
-            # Slurm sends SIGUSR2 to every process of a job whose time is nearly up; submitit answers it by `checkpoint`
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-            )
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, **how)
             try:
                 return self.process.wait()
             except BaseException:  # the job is interrupted: its run is as well
