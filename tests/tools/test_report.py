@@ -14,9 +14,9 @@ import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
-from tools.report.comparison import difference
+from tools.report.comparison import Cell, difference, published_tables
 from tools.report.page import _pattern_image
-from tools.report.runs import Cell, find_runs, published_tables
+from tools.report.runs import find_runs
 from tools.training.checkpoint import write_checkpoint
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
@@ -166,7 +166,7 @@ def test_markdown(results, capsys):
         "90.0",
         "1–3",
         "2",
-        "2.0–4.0",
+        "2–4",
     ]
     assert published == ["flowers102", "resnet18", "padding", "published", "27.9 ± 0.7", "–", "–", *"–––"]
 
@@ -341,7 +341,7 @@ def test_the_same_folder_twice_is_one_run(results, capsys):
 
 
 def test_bad_input(tmp_path, capsys):
-    assert "no folder" in fails(capsys, tmp_path / "absent")
+    assert "no folder and no file" in fails(capsys, tmp_path / "absent")
     assert "holds no run" in fails(capsys, tmp_path)
     unfinished = make_run(tmp_path, 0.5, done=1)
     assert "holds no finished run" in fails(capsys, unfinished, "--format", "latex")
@@ -422,7 +422,7 @@ def test_a_damaged_record_never_stops_a_report_over_others(results, capsys):
         "{}",
         good[0].replace('"format": 2', '"format": NaN'),
         good[0].replace('"result"', '"outcome"'),
-        good[0].replace("0.4", "7"),
+        good[0].replace("0.25", "7"),
     )
     for number, damage in enumerate(damages):
         (results / f"record{number}").mkdir()
@@ -431,6 +431,56 @@ def test_a_damaged_record_never_stops_a_report_over_others(results, capsys):
     assert rows(outcome.out)[2][4] == "28.0 ± 3.0"
     warnings = outcome.err.splitlines()
     assert len(warnings) == 6 and all(line.startswith("warning: left out: ") for line in warnings), warnings
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("place", ['"lr": ', '"versions": ', '"of_the_result": ', '"of_an_epoch": '])
+def test_a_record_is_json_whatever_was_read(results, capsys, place, number):
+    """A number that is not finite is none in JSON: a foreign run that has one anywhere is left out."""
+    make_run(results, 0.5, lr=0.125, mapping="blm", starts=[START | {"versions": 0.125}])
+    (line,) = (line for line in run(capsys, results, "--format", "record").out.splitlines() if "0.125" in line)
+    line = line.replace('"final_accuracy"', '"of_the_result": 0.125, "final_accuracy"')
+    line = line.replace('"epoch": 0', '"of_an_epoch": 0.125, "epoch": 0').replace(f"{place}0.125", place + number)
+    (results / "runs.jsonl").write_text(line + "\n")
+    shutil.rmtree(results / "vm_5")
+    outcome = run(capsys, results, "--format", "record")
+    assert outcome.err.startswith("warning: left out: ") and outcome.err.count("\n") == 1
+    assert len([json.loads(each, parse_constant=pytest.fail) for each in outcome.out.splitlines()]) == 5
+
+
+def test_a_record_is_named_as_a_file(results, capsys, tmp_path):
+    run(capsys, results, "--format", "record", "--out", tmp_path / "mine.jsonl")
+    shown = [run(capsys, place, "--format", "markdown").out for place in (results, tmp_path / "mine.jsonl")]
+    assert shown[0] == shown[1]
+    (tmp_path / "empty.jsonl").touch()
+    assert "holds no run" in fails(capsys, tmp_path / "empty.jsonl")
+    assert "no JSON in each line" in fails(capsys, results / "vm_0" / "config.json")
+
+
+def test_a_run_beside_its_record_is_one_run_with_its_pattern(results, capsys):
+    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    run(capsys, results, "--format", "record", "--out", results / "runs.jsonl")  # comes before vm_0 in the alphabet
+    outcome = run(capsys, results, "--out", results / "page.html")
+    assert outcome.err == "1 unfinished, 5 finished runs\n"
+    assert all(details["pattern"] for details in page_data(results / "page.html")["runs"])
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_of_a_run_and_its_unfinished_double_the_finished_one_is_kept(tmp_path, capsys, names):
+    for name, done in zip(names, (None, 1), strict=True):
+        make_run(tmp_path / name, 0.5, done=done)
+    outcome = run(capsys, tmp_path, "--format", "markdown")
+    assert rows(outcome.out)[2][4] == "50.0"
+    assert f"left out: {tmp_path / names[1]}" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_what_is_no_file_is_not_waited_for(results):
+    for name in ("runs.jsonl", "config.json"):
+        (results / "other" / name).mkdir(parents=True)
+        os.mkfifo(results / name)
+    command = [sys.executable, "-m", "tools.report", str(results), "--format", "markdown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "28.0 ± 3.0" in done.stdout
 
 
 # ---- columns of one setting ----
@@ -459,7 +509,7 @@ def test_what_a_pattern_adds(study, capsys):
     start, trained = "padding, as it starts", "padding, trained"
     assert head == [
         *("data set", "backbone", "mapping", "none", start, trained, f"{start}, over none", f"{trained}, over none"),
-        *("seeds", "seconds per run", "note"),
+        *("seeds", "seconds per run", "settings"),
     ]
     assert ilm[2:6] == ["ilm", "22.0 ± 2.0", "50.0 ± 0.0", "34.0 ± 4.0"]
     assert ilm[6:8] == ["+28.0 (p = 0.0017)", "+12.0 (p = 0.02)"]
@@ -467,7 +517,8 @@ def test_what_a_pattern_adds(study, capsys):
     assert lda[3:6] == ["90.0 ± 0.0", "80.0 ± 0.0", "90.0 ± 0.5"]
     assert lda[6:8] == ["−10.0 (p –): a loss", "0.0 (p = 1): no difference shown"]
     assert ilm[8:10] == ["3", "0 / 0 / 120"]
-    assert ilm[10] == "canvas size default / 128 / 128; epochs 0 / 0 / 2"
+    assert ilm[10] == "canvas size 128 (none: default), epochs 0 (padding, trained: 2)"
+    assert "All runs: data set flowers102" not in out and "All runs: script train_vm.\n" in out
     assert "Welch" in out and "uncorrected" in out
     make_run(study, 0.3, mapping="flm", reprogramming="none", epochs=0)
     make_run(study, 0.2, mapping="flm", epochs=0)
@@ -478,7 +529,7 @@ def test_what_a_pattern_adds(study, capsys):
 def test_welch_by_hand(study):
     runs = [r for r in find_runs([study]) if r.mapping == "ilm"]
     cells = {
-        key: Cell(tuple(r for r in runs if (r.row.reprogramming, r.row.epochs) == key))
+        key: Cell([r for r in runs if (r.row.reprogramming, r.row.epochs) == key])
         for key in (("none", 0), ("padding", 2))
     }
     points, p = difference(cells["padding", 2], cells["none", 0])
@@ -507,8 +558,8 @@ def test_columns_of_any_setting(tmp_path, capsys):
     assert best[:4] == ["2", "12.0 ± 0.0", "30.0", "1–2"]  # one seed does not compete with two
     assert ilm[2:6] == ["ilm", "60.0 ± 0.0", "12.0 ± 0.0", "26.0 ± 0.0"] and blm[3:6] == ["–", "30.0", "–"]
     make_run(tmp_path, 0.3, mapping="blm", shots=2, lr=0.1, seed=1)
-    message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots")
-    assert "flowers102, resnet18, blm, 2 differ in lr; name it in --rows" in message
+    message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots", "--rows", "mapping")
+    assert "blm, 2 differ in lr; name it in --rows" in message
     make_run(tmp_path, 0.3, mapping="lda", data="1")
     make_run(tmp_path, 0.3, mapping="lda", data="2", seed=1)
     message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots", "--rows", "mapping,lr")
@@ -518,11 +569,40 @@ def test_columns_of_any_setting(tmp_path, capsys):
     assert table.count(r" & -- & 30.0 & -- & 1") == 2  # blm, lr default and 0.1
 
 
+def test_rows_are_by_default_what_tells_the_runs_of_a_cell_apart(results, capsys):
+    make_run(results, 0.5, mapping="blm", lr=0.1, reprogramming="watermarking", data="2")
+    make_run(results, 0.6, mapping="blm", data="2")
+    out = run(capsys, results, "--format", "markdown", "--columns", "mapping").out
+    head, _, *lines = rows(out)
+    assert head[:5] == ["data set", "backbone", "input VR", "lr", "data"] and len(lines) == 3
+    assert [line[2:4] for line in lines] == [["padding", "default"]] * 2 + [["watermarking", "0.1"]]
+    assert "All runs: script train_vm, epochs 2." in out
+
+
+def test_settings_of_a_row_are_told(tmp_path, capsys):
+    """That of most columns, and in brackets those of others; what all runs have stands below, defaults nowhere."""
+    for mapping in ("ilm", "blm", "blmpp"):
+        make_run(tmp_path, 0.5, mapping=mapping, epochs=6 if mapping == "blm" else 0, shots=4, canvas_size=128)
+        make_run(tmp_path, 0.5, mapping=mapping, epochs=0, dataset="dtd", shots=4, batch_size=64)
+    out = run(capsys, tmp_path, "--format", "markdown", "--columns", "mapping").out
+    assert [line[-1] for line in rows(out)] == [
+        "settings",
+        "----------------------------------",
+        "batch size 64, epochs 0",
+        "canvas size 128, epochs 0 (blm: 6)",
+    ]
+    assert "All runs: input VR padding, script train_vm, shots 4." in out
+
+
 def test_refusals_of_columns(results, capsys):
     assert "--columns makes a table, and html is none" in fails(capsys, results, "--columns", "mapping")
-    assert "--rows belongs to --columns" in fails(capsys, results, "--format", "markdown", "--rows", "mapping")
+    for rows_given in ("mapping", ""):
+        error = fails(capsys, results, "--format", "markdown", "--rows", rows_given)
+        assert "--rows belongs to --columns" in error
     markdown = [results, "--format", "markdown", "--columns"]
     assert "'colour' is no setting of these runs; they have mapping, pattern, " in fails(capsys, *markdown, "colour")
+    assert "'' is no setting of these runs" in fails(capsys, *markdown, "")
+    assert "'' is no setting of these runs" in fails(capsys, *markdown, "mapping", "--rows", "")
     assert "no value of mapping; these are ilm; blm; linear" in fails(capsys, *markdown, "mapping", "--baseline", "flm")
 
 

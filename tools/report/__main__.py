@@ -1,6 +1,6 @@
 """python -m tools.report results
 
-Compare runs. Takes run folders, folders that hold some at any depth, and records of runs. Four formats:
+Compare runs. Takes run folders, records of runs, and folders that hold some at any depth. Four formats:
 
 html      one page that needs no network: how far unfinished runs are; a leaderboard to sort and filter; several runs in
           one chart; of each run its curves, its pattern, and an explorer of the mapping in both directions (default,
@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 
 from tools.console import Parser, user_errors
+from tools.report.comparison import USUAL_ROWS, tabulate
 from tools.report.page import as_html
-from tools.report.runs import as_record, find_runs, tabulate
+from tools.report.runs import as_record, find_runs
 from tools.report.tables import as_latex, as_markdown, by_mapping, by_setting
 
-USUAL_ROWS = ("dataset", "backbone", "mapping")  # with --columns
 TABLES = {"markdown": as_markdown, "latex": as_latex}
 
 
@@ -33,7 +33,7 @@ TABLES = {"markdown": as_markdown, "latex": as_latex}
 def main(argv=None):
     parser = Parser(prog="python -m tools.report", description=__doc__)
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="run folder, or folder of runs or records at any depth"
+        "paths", nargs="+", metavar="PATH", help="run folder, record, or folder that holds some at any depth"
     )
     parser.add_argument("--format", choices=("html", *TABLES, "record"), default="html", help="default: html")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: report.html, or stdout for the others)")
@@ -45,7 +45,8 @@ def main(argv=None):
     parser.add_argument(
         "--rows",
         metavar="SETTING,…",
-        help=f"with --columns: the settings that tell rows apart (default: {','.join(USUAL_ROWS)})",
+        help=f"with --columns: the settings that tell rows apart (default: {','.join(USUAL_ROWS)}, and what else must "
+        "be told apart for the runs of a cell to differ in their seed alone)",
     )
     parser.add_argument(
         "--baseline",
@@ -66,9 +67,9 @@ def main(argv=None):
         text = as_record(runs)
     else:
         table = by_mapping(rows)
-        if arguments.columns:
-            names = arguments.rows.split(",") if arguments.rows else [n for n in USUAL_ROWS if n != arguments.columns]
-            table = by_setting(runs, names, arguments.columns, arguments.baseline)
+        if arguments.columns is not None:
+            names = None if arguments.rows is None else arguments.rows.split(",")
+            table = by_setting(runs, arguments.columns, names, arguments.baseline)
         text = TABLES[arguments.format](table)
     if unfinished:
         print(f"{len(unfinished)} unfinished, {len(runs) - len(unfinished)} finished runs", file=sys.stderr)
@@ -80,10 +81,10 @@ def main(argv=None):
 
 
 def _refuse_what_has_no_effect(arguments):
-    if arguments.columns and arguments.format not in TABLES:
+    if arguments.columns is not None and arguments.format not in TABLES:
         raise ValueError(f"--columns makes a table, and {arguments.format} is none; add --format {' or '.join(TABLES)}")
     for flag in ("rows", "baseline"):
-        if getattr(arguments, flag) and not arguments.columns:
+        if getattr(arguments, flag) is not None and arguments.columns is None:
             raise ValueError(f"--{flag} belongs to --columns; add --columns SETTING, or leave it out")
 
 

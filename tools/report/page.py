@@ -14,7 +14,8 @@ from tools.console import warn
 from data import image_size
 from data.files import printable
 from models import REPROGRAMMING, build_input_vr
-from tools.report.runs import CURVES, best_mappings, data_notes, published, published_tables
+from tools.report.comparison import best_mappings, data_notes, published, published_tables
+from tools.report.runs import CURVES
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
 
@@ -30,7 +31,7 @@ def as_html(rows, unfinished):
                     "accuracy": cell.mean,
                     "std": cell.std,
                     "best": cell.best,
-                    "best_on": cell.runs[0].best_on,
+                    "best_on": "validation" if "validation_fraction" in cell.runs[0].distinct else "test",
                     "minutes": cell.minutes,
                     "published": [[name, *found] for name, found in published(cell.runs[0], [mapping]).items()],
                     "wins": mapping in best,
