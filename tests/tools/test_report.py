@@ -14,8 +14,9 @@ import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
-from tools.report.comparison import Cell, difference, published_tables
+from tools.report.comparison import Cell, difference
 from tools.report.page import _pattern_image
+from tools.report.published import published_tables
 from tools.report.runs import find_runs
 from tools.training.checkpoint import write_checkpoint
 from tools.training.run_folder import checkpoint_path, load_checkpoint
@@ -235,7 +236,7 @@ def test_latex_of_signs_that_text_fonts_lack(tmp_path, capsys):
         ({"lr": 0.1}, "lr 0.1"),
         ({"epochs": 1}, "1"),
         ({"batch_size": 64}, "batch size 64"),
-        ({"mapping": "blm", "bayes": False}, "no bayes"),
+        ({"mapping": "blm", "bayes": False}, "bayes False"),
         ({"a_new_setting": 7}, "a new setting 7"),
         ({"weights": "/a/w.pth"}, "weights w.pth"),
     ],
@@ -405,7 +406,7 @@ def test_a_record_is_read_like_the_runs_that_it_was_made_of(results, capsys):
         first, second = ([line.split() for line in text.splitlines() if "---" not in line] for text in shown[kind])
         assert first == second
     first, second = (page_data(results.parent / f"{place.name}.html") for place in (results, record))
-    for key in ("accuracy", "std", "minutes", "best", "seeds"):
+    for key in ("accuracy", "std", "minutes", "best"):
         assert [g[key] for g in first["groups"] if "progress" not in g] == [g[key] for g in second["groups"]]
     assert [r["curves"] for r in first["runs"][:-1]] == [r["curves"] for r in second["runs"]]
     assert "runs.jsonl:" in second["runs"][0]["folder"] and second["runs"][0]["mapping"] is None
@@ -642,7 +643,8 @@ def test_published_clip_figures_are_those_of_the_reference():
 
 def page_data(path):
     text = path.read_text(encoding="utf-8")
-    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    return data | {"runs": [details for group in data["groups"] for details in group["runs"]]}
 
 
 def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
@@ -652,10 +654,10 @@ def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
     assert "default-src 'none'" in text and "src=" not in text and "<link" not in text and "@import" not in text
     data = page_data(out)
     (group,) = [g for g in data["groups"] if g["mapping"] == "ilm"]
-    assert (group["accuracy"], group["std"], group["best"], group["seeds"]) == pytest.approx((28, 3, 33, 3))
+    assert (group["accuracy"], group["std"], group["best"], len(group["runs"])) == pytest.approx((28, 3, 33, 3))
     ((name, *published),) = group["published"]
     assert name == "ilm" and published[:2] == [27.9, 0.7] and group["minutes"] == 2
-    assert data["runs"][group["runs"][1]]["seed"] == 1
+    assert group["runs"][1]["seed"] == 1
     assert data["runs"][0]["mapping"] == [[[1, 0.6], [3, 0.25]], [[2, 0.5], [1, 0.125]]]
     assert data["runs"][0]["curves"]["mapping_change"] == [None, 0.25]
 
@@ -667,7 +669,7 @@ def test_pattern_of_a_plugin_is_shown_stretched(tmp_path, capsys):
     make_run(tmp_path, 0.3, reprogramming="watermarking")
     run(capsys, tmp_path, "--out", tmp_path / "page.html")
     data = page_data(tmp_path / "page.html")
-    captions = {g["reprogramming"]: data["runs"][g["runs"][0]]["caption"] for g in data["groups"]}
+    captions = {g["reprogramming"]: g["runs"][0]["caption"] for g in data["groups"]}
     assert captions["padding"].startswith("sigmoid(θ) around the place of the image, contrast ×")
     assert captions["my_vr"].startswith("θ alone: black -")
     assert captions["watermarking"].startswith("added to the normalised image")
@@ -702,12 +704,12 @@ def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
     for group, folder in zip(data["groups"], (vm_run, vlm_run), strict=True):
         result = json.loads((folder / "result.json").read_text())
         assert group["accuracy"] == pytest.approx(100 * result["final_accuracy"])
-        details = data["runs"][group["runs"][0]]
+        details = group["runs"][0]
         classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
         assert len(details["mapping"]) == len(classes) == 8 and details["pattern"].startswith("data:image/webp;base64,")
         assert all(0 <= s < len(sources) and 0 < w <= 1 for pairs in details["mapping"] for s, w in pairs)
     weights = load_checkpoint(checkpoint_path(vm_run))["mapping"]["_weights"]
-    vm = data["runs"][data["groups"][0]["runs"][0]]["mapping"]
+    vm = data["runs"][0]["mapping"]
     assert [pairs[0][1] for pairs in vm] == pytest.approx(weights.max(0).values.tolist(), rel=1e-4)
     assert all(weights[s, t] == pytest.approx(w, rel=1e-4) for t, pairs in enumerate(vm) for s, w in pairs)
 
@@ -865,12 +867,12 @@ def test_leaderboard_sorts_and_filters(page):
 def test_best_row_is_open_and_a_filter_never_leaves_another_one_s_details(page):
     assert page.one("#title").text.startswith("linear on flowers102")
     page.type("#filter", "ilm")
-    assert page.one("#title").text == "ilm on flowers102, resnet18, padding"
+    assert page.one("#title").text == "ilm on flowers102, resnet18, padding (2 epochs)"
     page.type("#filter", "nothing such")
     assert page.column("accuracy") == [] and "no row" in page.one("#shown").text
     assert not page.one("#details").is_displayed() and not page.one("#comparison").is_displayed()
     page.type("#filter", "dtd")
-    assert page.one("#title").text == "rlm on dtd, resnet18, padding (batch size 64)"
+    assert page.one("#title").text == "rlm on dtd, resnet18, padding (batch size 64, 2 epochs)"
 
 
 def test_best_mapping_is_bold_among_equally_many_seeds(browser, results, capsys):
@@ -945,7 +947,7 @@ def test_comparison_of_curves_and_classes(browser, results, capsys):
     bars = page.all("#differences i")
     styles = [bar.get_attribute("style") for bar in bars]
     assert styles == ["width: 50%; left: 50%;", "width: 8.33333%; left: 41.6667%;"]
-    assert "better in 1 classes, worse in 1, equal in 0" in page.one("#sum").text
+    assert "better in 1 of 2 classes, worse in 1, equal in 0" in page.one("#sum").text
     page.type("#filter", " ")
     page.all("#board input")[page.column("mapping").index("linear")].click()
     assert page.keys_of("#together .chart")[0] == ["linear · flowers102", "blmpp · dtd", "flm · dtd"]

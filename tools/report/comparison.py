@@ -1,18 +1,14 @@
-"""Which runs belong together, what their accuracy is over seeds, and how it compares with others and with papers."""
+"""Which runs belong together, what their accuracy is over seeds, and how that compares with others'."""
 
 import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from scipy import stats
 
-from data.files import read_json
 from mapping import MAPPINGS
-from tools.report.runs import SCRIPTS
 
-SIGNIFICANT = 0.05
 USUAL_ROWS = ("dataset", "backbone", "mapping")
 
 
@@ -43,7 +39,7 @@ class Cell:
     @property
     def note(self):
         """In what the machines of its runs differ; "" where they don't."""
-        devices, threads = (sorted({str(m[i]) for run in self.runs for m in run.machines}) for i in (0, 1))
+        devices, threads = (sorted({m[i] for run in self.runs for m in run.machines}, key=place) for i in (0, 1))
         notes = [f"runs on {' and '.join(devices)}"] * (len(devices) > 1)
         notes += [f"runs with {' and '.join(threads)} threads"] * (len(threads) > 1)
         return ", ".join(notes)
@@ -152,40 +148,3 @@ def best_mappings(cells):
     size = max((size for size, count in sizes.items() if count > 1), default=None)
     means = {name: round(cell.mean, 1) for name, cell in rivals.items() if len(cell.runs) == size}
     return {name for name, mean in means.items() if mean == max(means.values())}
-
-
-def published_tables():
-    """The tables of published.json."""
-    return read_json(Path(__file__).with_name("published.json"))["tables"]
-
-
-def published(run, mappings):
-    """What was published for runs like this one.
-
-    Parameters
-    ----------
-    run : Run
-    mappings : collection of str
-        Of which figures are wanted; those of methods that are no mapping of ours are given always.
-
-    Returns
-    -------
-    dict of str to (float, float or None, str)
-        {mapping or method: mean and deviation in percent, source}: of the same data set, backbone and number of shots,
-        and for a vision model of the same input VR.
-    """
-    row, found = run.row, {}
-    is_clip = row.script == SCRIPTS["vlm"]
-    for table in published_tables():
-        alike = (
-            ("method" in table) == is_clip
-            and table["backbone"] == row.backbone.removesuffix("-quickgelu" * is_clip)
-            and table.get("reprogramming") in (None, row.reprogramming)
-            and table.get("mapping") in (None, *mappings)
-            and table.get("shots") == run.distinct.get("shots")
-            and not (is_clip and "weights" in run.distinct)
-        )
-        if alike and row.dataset in table["accuracy"]:
-            name = table.get("method") or table["mapping"]
-            found[name] = *table["accuracy"][row.dataset], table["source"]
-    return found

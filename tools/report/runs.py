@@ -1,4 +1,4 @@
-"""What run folders say of themselves, checked, since they may come from anywhere; and which of them belong together."""
+"""What run folders and records say of themselves, checked, since they may come from anywhere."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     backbone: str
     reprogramming: str
     script: str
-    settings: str  # that differ from the recipe, but the epochs, as in "lr 0.1, no bayes"
+    settings: str  # that differ from the recipe, but the epochs, as in "lr 0.1, train fraction 0.5"
     epochs: int
     data: str  # short fingerprint of labels and images
 
@@ -47,7 +47,7 @@ class Run:
     values : dict of str to str
         What a table may tell runs apart by: mapping, row and what is distinct, and ``pattern``, which is the input VR
         and whether it was trained.
-    machines : frozenset of (str, int or None)
+    machines : set of (str, str)
         Device and number of threads of each start.
     metrics : list of dict
         A line for each finished epoch.
@@ -66,7 +66,7 @@ class Run:
     settings: dict
     distinct: dict
     values: dict
-    machines: frozenset
+    machines: set
     metrics: list
     result: tuple | None
     class_accuracies: dict | None
@@ -80,6 +80,11 @@ class Run:
     def value(self, name):
         """What it has of a setting that tells runs apart, as text."""
         return self.values.get(name, "default")
+
+
+def words(name):
+    """A setting as tables name it."""
+    return {"dataset": "data set", "reprogramming": "input VR"}.get(name, name.replace("_", " "))
 
 
 def find_runs(paths):
@@ -96,7 +101,7 @@ def find_runs(paths):
             runs = [_read_run(path)] if (path / "config.json").is_file() else _below(path)
         else:
             raise FileNotFoundError(
-                f"{path} is no folder and no file; name a run folder, one that holds some, or a record"
+                f"{path} is no folder and no file; name a run folder, a record, or a folder of some"
             )
         if not runs:
             raise ValueError(f"{path} holds no run; train one, or name another folder")
@@ -166,11 +171,11 @@ def _checked(parts, place):
     content = {name: value if type(value) is str else _digest(value) for name, value in config["content"].items()}
     # where the seed draws them, images differ from seed to seed and are no reason not to average
     drawn = {f"{split} images" for setting in _DRAWING.keys() & distinct.keys() for split in _DRAWING[setting]}
-    others = {key: distinct[key] for key in sorted(distinct.keys() - {*NAMES, "seed", "epochs"})}
+    others = {printable(key): printable(distinct[key]) for key in sorted(distinct.keys() - {*NAMES, "seed", "epochs"})}
     row = Row(
         *(printable(settings[key]) for key in NAMES[:3]),
         SCRIPTS[config["kind"]],
-        printable(", ".join(_words(key, value) for key, value in others.items())),
+        ", ".join(f"{words(key)} {value}" for key, value in others.items()),
         settings["epochs"],
         _digest({name: value for name, value in content.items() if name not in drawn})[:8],
     )
@@ -182,7 +187,7 @@ def _checked(parts, place):
     recorded, result = {"config": kept, "metrics": metrics}, None
     if "result" in parts:
         outcome = _object(parts["result"], place)
-        result = _fraction(outcome, "final_accuracy", place), _fraction(outcome, "best_accuracy", place)
+        result = tuple(_number(outcome, f"{which}_accuracy", place, 0, 1) for which in ("final", "best"))
         recorded["result"] = {key: value for key, value in outcome.items() if key not in kept["settings"]}
     accuracies = _class_accuracies(parts.get("evaluation"), metrics, place)
     if accuracies is not None:
@@ -200,8 +205,8 @@ def _checked(parts, place):
         seed=settings["seed"],
         settings=settings,
         distinct=distinct,
-        values=own | {printable(key): printable(value) for key, value in others.items()} | own,
-        machines=frozenset((printable(str(start.get("device"))), start.get("threads")) for start in config["starts"]),
+        values=own | others | own,
+        machines={(printable(start.get("device")), printable(start.get("threads"))) for start in config["starts"]},
         metrics=metrics,
         result=result,
         class_accuracies=accuracies,
@@ -238,14 +243,8 @@ def _check_settings(config, place):
     wrong = [key for key in NAMES if type(settings.get(key)) is not str]
     wrong += [key for key in ("seed", "epochs") if type(settings.get(key)) is not int or not 0 <= settings[key] < 2**63]
     wrong += ["a known kind"] * (config["kind"] not in SCRIPTS)
-    wrong += ["threads"] * any(type(start.get("threads")) not in (int, type(None)) for start in config["starts"])
     if wrong:
         raise ValueError(f"{place} lacks {', '.join(wrong)}")
-
-
-def _words(key, value):
-    words = key.replace("_", " ")
-    return f"{words} {value}" if type(value) is not bool else words if value else f"no {words}"
 
 
 def _json_lines(path):
@@ -257,7 +256,7 @@ def _json_lines(path):
 
 def _check_metrics(lines, place):
     for number, line in enumerate(lines):
-        _fraction(_object(line, place), "test_accuracy", place)
+        _number(_object(line, place), "test_accuracy", place, 0, 1)
         for key in CURVES:
             if line.get(key) is not None:
                 _number(line, key, place)
@@ -276,9 +275,8 @@ def _class_accuracies(evaluation, metrics, place):
     classes = evaluation.get("classes")
     if not isinstance(classes, list) or not all(type(_object(c, place).get("name")) is str for c in classes):
         raise ValueError(f"{place}: the evaluation lacks classes")
-    return {
-        printable(c["name"]): None if c.get("accuracy") is None else _fraction(c, "accuracy", place) for c in classes
-    }
+    measured = {printable(c["name"]): c for c in classes}
+    return {n: None if c.get("accuracy") is None else _number(c, "accuracy", place, 0, 1) for n, c in measured.items()}
 
 
 def _object(value, place):
@@ -287,15 +285,8 @@ def _object(value, place):
     return value
 
 
-def _number(values, key, place):
+def _number(values, key, place, low=-1e300, high=1e300):
     value = values.get(key)
-    if type(value) not in (int, float) or not abs(value) < 1e300:  # also nan; an int may exceed all floats
-        raise ValueError(f"{place}: {key} is {value!r:.40}, expected a number")
-    return value
-
-
-def _fraction(values, key, place):
-    value = _number(values, key, place)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{place}: {key} is {value!r:.40}, expected a number in [0, 1]")
+    if type(value) not in (int, float) or not low <= value <= high:  # also nan; an int may exceed all floats
+        raise ValueError(f"{place}: {key} is {value!r:.40}, expected a number" + " in [0, 1]" * (high == 1))
     return value

@@ -1,21 +1,15 @@
 """Tables for papers and READMEs: data sets × mappings, or any settings × the values of one."""
 
+import html
+import re
 from collections import Counter
 from typing import NamedTuple
 
-from data.files import printable
-from tools.report.comparison import (
-    SIGNIFICANT,
-    Cell,
-    best_mappings,
-    columns_of,
-    cross,
-    data_notes,
-    difference,
-    differing,
-    published,
-)
+from tools.report.comparison import Cell, best_mappings, columns_of, cross, data_notes, difference, differing, tabulate
+from tools.report.published import published
+from tools.report.runs import words
 
+SIGNIFICANT = 0.05
 ACCURACY = "Test accuracy after the last epoch in %, mean ± sample standard deviation over seeds"
 BOLD = "in bold the best mapping of a row among those with equally many seeds (linear, by gradient, is a reference)"
 
@@ -29,8 +23,9 @@ class Table(NamedTuple):
     caption: list  # of paragraphs
 
 
-def by_mapping(rows):
-    """The table of `tabulate`'s rows: a column per mapping, with published figures in lines of their own."""
+def by_mapping(runs):
+    """A line for all that bears on the result, a column per mapping; with published figures in lines of their own."""
+    rows = tabulate(runs)
     mappings, of_data, lines, sources = columns_of(rows), data_notes(rows), [], {}
     for row, cells in rows.items():
         own = {"data set": row.dataset, "backbone": row.backbone, "input VR": row.reprogramming}
@@ -121,11 +116,6 @@ def _setting(name, cells):
     return f"{words(name)} {usual}" + f" ({others})" * bool(others)
 
 
-def words(name):
-    """A setting as a table names it."""
-    return {"dataset": "data set", "reprogramming": "input VR"}.get(name, printable(name.replace("_", " ")))
-
-
 def _gain(cell, baseline):
     """The difference and its p-value as they are printed, and what they show over seeds where that is no gain."""
     points, p = difference(cell, baseline)
@@ -145,16 +135,9 @@ def as_markdown(table):
     texts += [[f"**{_md(text)}**" if bold else _md(text) for text, bold in line] for line in body]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     texts.insert(1, ["-" * w if name in left else "-" * (w - 1) + ":" for name, w in zip(head, widths, strict=True)])
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if name in left else cell.rjust(width)
-            for name, cell, width in zip(head, line, widths, strict=True)
-        )
-        + " |"
-        for line in texts
-    ]
-    return "\n\n".join(["\n".join(lines), *map(_md, caption)]) + "\n"
+    cells = [f"{{:{'<' if name in left else '>'}{width}}}" for name, width in zip(head, widths, strict=True)]
+    form = f"| {' | '.join(cells)} |"
+    return "\n\n".join(["\n".join(form.format(*line) for line in texts), *map(_md, caption)]) + "\n"
 
 
 def as_latex(table):
@@ -189,23 +172,13 @@ def _short(value):
 
 
 def _md(text):
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    escaped = "".join("\\" + c if c in "\\|*`[]" else c for c in text)
-    return escaped if "_" not in escaped.strip("_") or not escaped.startswith("_") else "\\" + escaped
+    return re.sub(r"[\\|*`[\]]|(?<!\w)_", r"\\\g<0>", html.escape(text, quote=False))
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "−": "$-$",
-    "×": r"$\times$",
-    **{c: f"${c}$" for c in "<>|"},  # other characters in TeX's own fonts
-    **{c: "\\" + c for c in "&%$#_{}"},
-}
+_LATEX = {c: f"${c}$" for c in "<>|"} | {c: "\\" + c for c in "&%$#_{}"}  # <>| are other characters in TeX's own fonts
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"±": r"$\pm$", "–": "--", "−": "$-$", "×": r"$\times$"}
 
 
 def _tex(text):
-    return "".join(_LATEX.get(c, c) for c in text)
+    return text.translate(str.maketrans(_LATEX))
