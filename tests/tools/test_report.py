@@ -200,6 +200,12 @@ def test_seeds_of_other_data_are_not_averaged(results, capsys):
     assert len(set(notes)) == 2 and all("rows of this name differ in labels or images" in note for note in notes)
 
 
+def test_published_figures_stand_once_below_the_rows_that_they_are_beside(results, capsys):
+    make_run(results, 0.5, lr=0.1)
+    lines = rows(run(capsys, results, "--format", "markdown").out)
+    assert [line[3] for line in lines[2:]] == ["train_vm", "train_vm", "published"]
+
+
 def test_other_machines_and_threads_are_noted(results, capsys):
     make_run(results, 0.34, seed=3, starts=[START, START | {"device": "GPU", "threads": 8}])
     assert rows(run(capsys, results, "--format", "markdown").out)[2][-1] == (
@@ -667,12 +673,14 @@ def test_pattern_of_a_plugin_is_shown_stretched(tmp_path, capsys):
     make_run(tmp_path, 0.5)
     make_run(tmp_path, 0.4, reprogramming="my_vr", dataset="my_data")
     make_run(tmp_path, 0.3, reprogramming="watermarking")
+    make_run(tmp_path, 0.3, reprogramming="none")
     run(capsys, tmp_path, "--out", tmp_path / "page.html")
     data = page_data(tmp_path / "page.html")
     captions = {g["reprogramming"]: g["runs"][0]["caption"] for g in data["groups"]}
     assert captions["padding"].startswith("sigmoid(θ) around the place of the image, contrast ×")
     assert captions["my_vr"].startswith("θ alone: black -")
     assert captions["watermarking"].startswith("added to the normalised image")
+    assert captions["none"] == "no pattern" and [details["pattern"] for details in data["runs"]].count(None) == 1
     program = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]).expand(3, 2, 2)
     image, _ = _pattern_image(SimpleNamespace(settings={"reprogramming": "my_vr"}), program)
     assert image[..., 0].tolist() == [[0, 64], [128, 255]] and image.dtype == torch.uint8
@@ -890,7 +898,9 @@ def test_details_of_a_run_and_its_seeds(page):
     about = page.one("#about").text
     assert "final 31.00 %, best on test 36.00 %, 2 minutes, on CPU of 2 cores, 2 threads" in about
     lines = page.all("#curves polyline")
-    assert [len(line.get_attribute("points").split()) for line in lines] == [2, 2, 2, 1]  # ‖Δω‖ starts an epoch later
+    assert [len(line.get_attribute("points").split()) for line in lines] == [2, 2, 2, 2]
+    (start, _), (end, _) = (point.split(",") for point in lines[3].get_attribute("points").split())
+    assert float(end) - float(start) == 24  # ‖Δω‖ starts an epoch later: a dash for the one there is
     assert page.browser.execute_script("return document.querySelector('#pattern').naturalWidth") == 224
 
 
@@ -970,6 +980,27 @@ def test_best_on_validation_is_no_best_on_test(browser, results, capsys):
     assert "best on validation 65.00 %" in page.one("#about").text
     assert page.one("#caption").text == "A record holds neither pattern nor mapping."
     assert not page.one("#pattern").is_displayed() and not page.one("#mapping").is_displayed()
+
+
+def test_charts_without_a_line_say_why(browser, results, capsys):
+    """Of a run without epochs, which is estimated once; of one that has not begun; of one that never changed."""
+    make_run(results, 0.99, mapping="lda", epochs=0, reprogramming="none", done=1)
+    folder = results / "vm_5"
+    line = json.loads((folder / "metrics.jsonl").read_text()) | {"train_loss": None, "train_accuracy": None}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    write_json(folder / "result.json", {"final_accuracy": 0.99, "best_accuracy": 0.99})
+    make_run(results, 0.2, seed=3, epochs=10, done=0)
+    run(capsys, results, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
+    assert page.one("#title").text == "lda on flowers102, resnet18, none (0 epochs)"
+    assert page.one("#caption").text == "no pattern" and not page.one("#pattern").is_displayed()
+    _, loss, change = page.all("#curves .chart")
+    assert loss.text.endswith("nothing was trained") and change.text.endswith("no change to show after one epoch")
+    page.one("#running a").click()
+    page.until("#about", "0 of 10 epochs")
+    assert all(chart.text.endswith("no epoch has ended") for chart in page.all("#curves .chart"))
+    assert page.one("#caption").text == "None before the end of the first epoch."
 
 
 def test_unfinished_runs_are_shown_with_their_progress(browser, results, capsys):

@@ -100,7 +100,7 @@ def _of_checkpoint(run, path, name_lists):
         raise ValueError(f"{path} holds no pattern (3, C, C) or no class names")
     image, caption = _pattern_image(run, program)
     return {
-        "pattern": _data_uri(image),
+        "pattern": None if image is None else _data_uri(image),
         "caption": caption,
         "classes": _shared(classes, name_lists),
         "sources": _shared(sources, name_lists) if _names(sources) else None,
@@ -111,6 +111,8 @@ def _of_checkpoint(run, path, name_lists):
 def _pattern_image(run, program):
     """As its input VR shows it; that of a plugin, whose code a report does not run, as the program alone."""
     name, size = run.settings["reprogramming"], program.shape[-1]
+    if name in REPROGRAMMING and not REPROGRAMMING[name].trained:
+        return None, "no pattern"
     if name in REPROGRAMMING and program.isfinite().all():
         own = {s.name: run.settings[s.name] for s in REPROGRAMMING[name].settings if s.name in run.settings}
         try:
