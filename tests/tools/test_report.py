@@ -461,7 +461,8 @@ def test_a_record_is_named_as_a_file(results, capsys, tmp_path):
     assert shown[0] == shown[1]
     (tmp_path / "empty.jsonl").touch()
     assert "holds no run" in fails(capsys, tmp_path / "empty.jsonl")
-    assert "no JSON in each line" in fails(capsys, results / "vm_0" / "config.json")
+    assert "no JSON in each line" in fails(capsys, results / "vm_0" / "result.json")
+    assert "25.0" in run(capsys, results / "vm_0" / "config.json", "--format", "markdown").out
 
 
 def test_a_run_beside_its_record_is_one_run_with_its_pattern(results, capsys):
@@ -687,13 +688,17 @@ def test_pattern_of_a_plugin_is_shown_stretched(tmp_path, capsys):
 
 
 def test_page_shows_how_far_unfinished_runs_are(results, capsys):
-    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    folder = make_run(results, 0.2, seed=3, epochs=10, done=4)
     make_run(results, 0.2, seed=4, epochs=10, done=0)
     outcome = run(capsys, results, "--out", results / "page.html")
     assert outcome.err == "2 unfinished, 5 finished runs\n"
     data = page_data(results / "page.html")
     begun, waiting = (g["progress"] for g in data["groups"] if "progress" in g)
-    assert begun["done"] == 4 and begun["to_go"] == pytest.approx(6) and begun["ended"].endswith("Z")  # a minute each
+    assert (
+        begun["done"] == 4
+        and begun["to_go"] == pytest.approx(6)
+        and begun["ended"] == 1000 * (folder / "metrics.jsonl").stat().st_mtime
+    )  # a minute each
     assert waiting == {"done": 0, "ended": None, "to_go": None}
     details = data["runs"][-2]
     assert details["result"] is None and len(details["curves"]["test_accuracy"]) == 4 and details["pattern"]

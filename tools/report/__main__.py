@@ -27,7 +27,6 @@ from tools.report.runs import as_record, find_runs
 from tools.report.tables import as_latex, as_markdown, by_mapping, by_setting
 
 TABLES = {"markdown": as_markdown, "latex": as_latex}
-FORMATS = ("html", *TABLES, "record")
 HELP = {
     "paths": "run folder, record, or folder that holds some at any depth",
     "out": "file to write (default: report.html, or stdout for the others)",
@@ -42,7 +41,7 @@ HELP = {
 def main(argv=None):
     parser = Parser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help=HELP["paths"])
-    parser.add_argument("--format", choices=FORMATS, default="html", help="default: html")
+    parser.add_argument("--format", choices=("html", *TABLES, "record"), default="html", help="default: html")
     for name, value in (("out", "FILE"), ("columns", "SETTING"), ("rows", "SETTING,…"), ("baseline", "VALUE")):
         parser.add_argument(f"--{name}", metavar=value, help=HELP[name])
     arguments = parser.parse_args(argv)

@@ -7,7 +7,6 @@ import math
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from tools.console import warn
@@ -39,7 +38,7 @@ def as_html(runs):
             }
             groups.append(_group(cell.runs, name_lists) | found)
     groups += [_group([run], name_lists) | {"progress": _progress(run)} for run in runs if run.result is None]
-    data = {"groups": groups, "names": name_lists, "published": published_tables(), "written": _utc(time.time())}
+    data = {"groups": groups, "names": name_lists, "published": published_tables(), "written": 1000 * time.time()}
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # so that no name can end the element
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -54,16 +53,12 @@ def _group(runs, name_lists):
 
 
 def _progress(run):
-    """How far an unfinished run is: epochs done, when the last one ended, minutes to go at the pace so far."""
+    """How far an unfinished run is: epochs done, when the last one ended (Unix ms), minutes to go at this pace."""
     done = len(run.metrics)
     if not done:
         return {"done": 0, "ended": None, "to_go": None}
-    ended = _utc((run.folder / "metrics.jsonl").stat().st_mtime)
+    ended = 1000 * (run.folder / "metrics.jsonl").stat().st_mtime
     return {"done": done, "ended": ended, "to_go": run.minutes / done * (run.row.epochs - done)}
-
-
-def _utc(seconds):
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _details(run, name_lists):
@@ -95,8 +90,7 @@ def _of_checkpoint(run, path, name_lists):
         raise FileNotFoundError(f"{path} is gone")
     checkpoint = load_checkpoint(path)
     program, classes, sources = (checkpoint.get(key) for key in ("program", "class_names", "source_names"))
-    is_pattern = isinstance(program, torch.Tensor) and program.is_floating_point() and program.dim() == 3
-    if not is_pattern or program.shape != (3, program.shape[-1], program.shape[-1]) or not _names(classes):
+    if not program.is_floating_point() or program.shape != (3, *program.shape[-1:] * 2) or not _names(classes):
         raise ValueError(f"{path} holds no pattern (3, C, C) or no class names")
     image, caption = _pattern_image(run, program)
     return {

@@ -95,14 +95,12 @@ def find_runs(paths):
     """
     found = []
     for path in map(Path, paths):
-        if path.is_file():
-            runs = _read_record(path)
-        elif path.is_dir():
-            runs = [_read_run(path)] if (path / "config.json").is_file() else _below(path)
-        else:
+        file = path / "config.json" if path.is_dir() else path
+        if not path.is_dir() and not path.is_file():
             raise FileNotFoundError(
                 f"{path} is no folder and no file; name a run folder, a record, or a folder of some"
             )
+        runs = _read(file) if file.is_file() else _below(path)
         if not runs:
             raise ValueError(f"{path} holds no run; train one, or name another folder")
         found += runs
@@ -116,37 +114,32 @@ def find_runs(paths):
 
 
 def _below(folder):
-    files = [path for name in ("config.json", "runs.jsonl") for path in folder.rglob(name) if path.is_file()]
     runs = []
-    for file in sorted(files):
+    for file in sorted((*folder.rglob("config.json"), *folder.rglob("runs.jsonl"))):
         try:
-            runs += _read_record(file) if file.name == "runs.jsonl" else [_read_run(file.parent)]
+            runs += _read(file) if file.is_file() else []
         except (ValueError, OSError) as error:
             warn(f"left out: {error}")
     return runs
 
 
-def _read_run(folder):
-    """Read the small files of a run folder.
+def _read(file):
+    """The run of the folder of a ``config.json``, or the runs of a record, as `as_record` writes it.
 
     Raises
     ------
     ValueError, OSError
         Where it holds none of this version, or values that no run of this project writes.
     """
-    lines = folder / "metrics.jsonl"
-    parts = {"config": read_config(folder / "config.json"), "metrics": _json_lines(lines) if lines.is_file() else []}
-    for name in ("result", "evaluation"):
-        if (path := folder / f"{name}.json").is_file():
-            parts[name] = read_json(path)
-    return _checked(parts, folder)
-
-
-def _read_record(path):
-    """The runs of a record, as `as_record` writes it; raises as `_read_run`."""
+    if file.name == "config.json":
+        parts = {"config": read_config(file), "metrics": []}
+        for name, read in (("metrics.jsonl", _json_lines), ("result.json", read_json), ("evaluation.json", read_json)):
+            if (path := file.with_name(name)).is_file():
+                parts[path.stem] = read(path)
+        return [_checked(parts, file.parent)]
     runs = []
-    for number, parts in enumerate(_json_lines(path), 1):
-        place = Path(f"{path}:{number}")
+    for number, parts in enumerate(_json_lines(file), 1):
+        place = Path(f"{file}:{number}")
         config = check_config(_object(parts, place).get("config"), place)
         if not isinstance(parts.get("metrics"), list) or "result" not in parts:
             raise ValueError(f"{place} lacks metrics or the result")

@@ -119,8 +119,8 @@ def _setting(name, cells):
 def _gain(cell, baseline):
     """The difference and its p-value as they are printed, and what they show over seeds where that is no gain."""
     points, p = difference(cell, baseline)
-    sign = "+" if points > 0 else "−" if points < 0 else ""
-    text = f"{sign}{abs(points):.1f} (p {'–' if p is None else '< 0.001' if p < 0.001 else f'= {p:.2g}'})"
+    over = f"{points:+.1f}".replace("-", "−") if points else "0.0"
+    text = f"{over} (p {'–' if p is None else '< 0.001' if p < 0.001 else f'= {p:.2g}'})"
     if None in (cell.std, baseline.std):  # single seeds show nothing
         return text
     if points == 0 or p is not None and p >= SIGNIFICANT:
@@ -144,17 +144,10 @@ def as_latex(table):
     """The table for LaTeX with the booktabs package."""
     head, body, left, caption = table
     texts = [[rf"\textbf{{{_tex(text)}}}" if bold else _tex(text) for text, bold in line] for line in body]
-    lines = [
-        *(f"% {paragraph}" for paragraph in caption),
-        r"\begin{tabular}{" + "".join("l" if name in left else "r" for name in head) + "}",
-        r"\toprule",
-        " & ".join(map(_tex, head)) + r" \\",
-        r"\midrule",
-        *(" & ".join(line) + r" \\" for line in texts),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(lines) + "\n"
+    columns = "".join("l" if name in left else "r" for name in head)
+    lines = [*(f"% {paragraph}" for paragraph in caption), rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(map(_tex, head)) + r" \\", r"\midrule", *(" & ".join(line) + r" \\" for line in texts)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def figure(mean, std):
