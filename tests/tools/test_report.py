@@ -14,9 +14,10 @@ import torch
 
 from data.files import write_json
 from tools.report import __main__ as report
-from tools.report.comparison import difference
+from tools.report.comparison import Cell, difference
 from tools.report.page import _pattern_image
-from tools.report.runs import Cell, find_runs, published_tables
+from tools.report.published import published_tables
+from tools.report.runs import find_runs
 from tools.training.checkpoint import write_checkpoint
 from tools.training.run_folder import checkpoint_path, load_checkpoint
 
@@ -166,7 +167,7 @@ def test_markdown(results, capsys):
         "90.0",
         "1–3",
         "2",
-        "2.0–4.0",
+        "2–4",
     ]
     assert published == ["flowers102", "resnet18", "padding", "published", "27.9 ± 0.7", "–", "–", *"–––"]
 
@@ -197,6 +198,12 @@ def test_seeds_of_other_data_are_not_averaged(results, capsys):
     assert sorted(line[4] for line in ours) == ["28.0 ± 3.0", "90.0"] and head[-1] == "note"
     notes = [line[-1] for line in ours]
     assert len(set(notes)) == 2 and all("rows of this name differ in labels or images" in note for note in notes)
+
+
+def test_published_figures_stand_once_below_the_rows_that_they_are_beside(results, capsys):
+    make_run(results, 0.5, lr=0.1)
+    lines = rows(run(capsys, results, "--format", "markdown").out)
+    assert [line[3] for line in lines[2:]] == ["train_vm", "train_vm", "published"]
 
 
 def test_other_machines_and_threads_are_noted(results, capsys):
@@ -235,7 +242,7 @@ def test_latex_of_signs_that_text_fonts_lack(tmp_path, capsys):
         ({"lr": 0.1}, "lr 0.1"),
         ({"epochs": 1}, "1"),
         ({"batch_size": 64}, "batch size 64"),
-        ({"mapping": "blm", "bayes": False}, "no bayes"),
+        ({"mapping": "blm", "bayes": False}, "bayes False"),
         ({"a_new_setting": 7}, "a new setting 7"),
         ({"weights": "/a/w.pth"}, "weights w.pth"),
     ],
@@ -341,7 +348,7 @@ def test_the_same_folder_twice_is_one_run(results, capsys):
 
 
 def test_bad_input(tmp_path, capsys):
-    assert "no folder" in fails(capsys, tmp_path / "absent")
+    assert "no folder and no file" in fails(capsys, tmp_path / "absent")
     assert "holds no run" in fails(capsys, tmp_path)
     unfinished = make_run(tmp_path, 0.5, done=1)
     assert "holds no finished run" in fails(capsys, unfinished, "--format", "latex")
@@ -405,7 +412,7 @@ def test_a_record_is_read_like_the_runs_that_it_was_made_of(results, capsys):
         first, second = ([line.split() for line in text.splitlines() if "---" not in line] for text in shown[kind])
         assert first == second
     first, second = (page_data(results.parent / f"{place.name}.html") for place in (results, record))
-    for key in ("accuracy", "std", "minutes", "best", "seeds"):
+    for key in ("accuracy", "std", "minutes", "best"):
         assert [g[key] for g in first["groups"] if "progress" not in g] == [g[key] for g in second["groups"]]
     assert [r["curves"] for r in first["runs"][:-1]] == [r["curves"] for r in second["runs"]]
     assert "runs.jsonl:" in second["runs"][0]["folder"] and second["runs"][0]["mapping"] is None
@@ -422,7 +429,7 @@ def test_a_damaged_record_never_stops_a_report_over_others(results, capsys):
         "{}",
         good[0].replace('"format": 2', '"format": NaN'),
         good[0].replace('"result"', '"outcome"'),
-        good[0].replace("0.4", "7"),
+        good[0].replace("0.25", "7"),
     )
     for number, damage in enumerate(damages):
         (results / f"record{number}").mkdir()
@@ -431,6 +438,57 @@ def test_a_damaged_record_never_stops_a_report_over_others(results, capsys):
     assert rows(outcome.out)[2][4] == "28.0 ± 3.0"
     warnings = outcome.err.splitlines()
     assert len(warnings) == 6 and all(line.startswith("warning: left out: ") for line in warnings), warnings
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("place", ['"lr": ', '"versions": ', '"of_the_result": ', '"of_an_epoch": '])
+def test_a_record_is_json_whatever_was_read(results, capsys, place, number):
+    """A number that is not finite is none in JSON: a foreign run that has one anywhere is left out."""
+    make_run(results, 0.5, lr=0.125, mapping="blm", starts=[START | {"versions": 0.125}])
+    (line,) = (line for line in run(capsys, results, "--format", "record").out.splitlines() if "0.125" in line)
+    line = line.replace('"final_accuracy"', '"of_the_result": 0.125, "final_accuracy"')
+    line = line.replace('"epoch": 0', '"of_an_epoch": 0.125, "epoch": 0').replace(f"{place}0.125", place + number)
+    (results / "runs.jsonl").write_text(line + "\n")
+    shutil.rmtree(results / "vm_5")
+    outcome = run(capsys, results, "--format", "record")
+    assert outcome.err.startswith("warning: left out: ") and outcome.err.count("\n") == 1
+    assert len([json.loads(each, parse_constant=pytest.fail) for each in outcome.out.splitlines()]) == 5
+
+
+def test_a_record_is_named_as_a_file(results, capsys, tmp_path):
+    run(capsys, results, "--format", "record", "--out", tmp_path / "mine.jsonl")
+    shown = [run(capsys, place, "--format", "markdown").out for place in (results, tmp_path / "mine.jsonl")]
+    assert shown[0] == shown[1]
+    (tmp_path / "empty.jsonl").touch()
+    assert "holds no run" in fails(capsys, tmp_path / "empty.jsonl")
+    assert "no JSON in each line" in fails(capsys, results / "vm_0" / "result.json")
+    assert "25.0" in run(capsys, results / "vm_0" / "config.json", "--format", "markdown").out
+
+
+def test_a_run_beside_its_record_is_one_run_with_its_pattern(results, capsys):
+    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    run(capsys, results, "--format", "record", "--out", results / "runs.jsonl")  # comes before vm_0 in the alphabet
+    outcome = run(capsys, results, "--out", results / "page.html")
+    assert outcome.err == "1 unfinished, 5 finished runs\n"
+    assert all(details["pattern"] for details in page_data(results / "page.html")["runs"])
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_of_a_run_and_its_unfinished_double_the_finished_one_is_kept(tmp_path, capsys, names):
+    for name, done in zip(names, (None, 1), strict=True):
+        make_run(tmp_path / name, 0.5, done=done)
+    outcome = run(capsys, tmp_path, "--format", "markdown")
+    assert rows(outcome.out)[2][4] == "50.0"
+    assert f"left out: {tmp_path / names[1]}" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_what_is_no_file_is_not_waited_for(results):
+    for name in ("runs.jsonl", "config.json"):
+        (results / "other" / name).mkdir(parents=True)
+        os.mkfifo(results / name)
+    command = [sys.executable, "-m", "tools.report", str(results), "--format", "markdown"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "28.0 ± 3.0" in done.stdout
 
 
 # ---- columns of one setting ----
@@ -459,7 +517,7 @@ def test_what_a_pattern_adds(study, capsys):
     start, trained = "padding, as it starts", "padding, trained"
     assert head == [
         *("data set", "backbone", "mapping", "none", start, trained, f"{start}, over none", f"{trained}, over none"),
-        *("seeds", "seconds per run", "note"),
+        *("seeds", "seconds per run", "settings"),
     ]
     assert ilm[2:6] == ["ilm", "22.0 ± 2.0", "50.0 ± 0.0", "34.0 ± 4.0"]
     assert ilm[6:8] == ["+28.0 (p = 0.0017)", "+12.0 (p = 0.02)"]
@@ -467,7 +525,8 @@ def test_what_a_pattern_adds(study, capsys):
     assert lda[3:6] == ["90.0 ± 0.0", "80.0 ± 0.0", "90.0 ± 0.5"]
     assert lda[6:8] == ["−10.0 (p –): a loss", "0.0 (p = 1): no difference shown"]
     assert ilm[8:10] == ["3", "0 / 0 / 120"]
-    assert ilm[10] == "canvas size default / 128 / 128; epochs 0 / 0 / 2"
+    assert ilm[10] == "canvas size 128 (none: default), epochs 0 (padding, trained: 2)"
+    assert "All runs: data set flowers102" not in out and "All runs: script train_vm.\n" in out
     assert "Welch" in out and "uncorrected" in out
     make_run(study, 0.3, mapping="flm", reprogramming="none", epochs=0)
     make_run(study, 0.2, mapping="flm", epochs=0)
@@ -478,7 +537,7 @@ def test_what_a_pattern_adds(study, capsys):
 def test_welch_by_hand(study):
     runs = [r for r in find_runs([study]) if r.mapping == "ilm"]
     cells = {
-        key: Cell(tuple(r for r in runs if (r.row.reprogramming, r.row.epochs) == key))
+        key: Cell([r for r in runs if (r.row.reprogramming, r.row.epochs) == key])
         for key in (("none", 0), ("padding", 2))
     }
     points, p = difference(cells["padding", 2], cells["none", 0])
@@ -507,8 +566,8 @@ def test_columns_of_any_setting(tmp_path, capsys):
     assert best[:4] == ["2", "12.0 ± 0.0", "30.0", "1–2"]  # one seed does not compete with two
     assert ilm[2:6] == ["ilm", "60.0 ± 0.0", "12.0 ± 0.0", "26.0 ± 0.0"] and blm[3:6] == ["–", "30.0", "–"]
     make_run(tmp_path, 0.3, mapping="blm", shots=2, lr=0.1, seed=1)
-    message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots")
-    assert "flowers102, resnet18, blm, 2 differ in lr; name it in --rows" in message
+    message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots", "--rows", "mapping")
+    assert "blm, 2 differ in lr; name it in --rows" in message
     make_run(tmp_path, 0.3, mapping="lda", data="1")
     make_run(tmp_path, 0.3, mapping="lda", data="2", seed=1)
     message = fails(capsys, tmp_path, "--format", "latex", "--columns", "shots", "--rows", "mapping,lr")
@@ -518,11 +577,40 @@ def test_columns_of_any_setting(tmp_path, capsys):
     assert table.count(r" & -- & 30.0 & -- & 1") == 2  # blm, lr default and 0.1
 
 
+def test_rows_are_by_default_what_tells_the_runs_of_a_cell_apart(results, capsys):
+    make_run(results, 0.5, mapping="blm", lr=0.1, reprogramming="watermarking", data="2")
+    make_run(results, 0.6, mapping="blm", data="2")
+    out = run(capsys, results, "--format", "markdown", "--columns", "mapping").out
+    head, _, *lines = rows(out)
+    assert head[:5] == ["data set", "backbone", "input VR", "lr", "data"] and len(lines) == 3
+    assert [line[2:4] for line in lines] == [["padding", "default"]] * 2 + [["watermarking", "0.1"]]
+    assert "All runs: script train_vm, epochs 2." in out
+
+
+def test_settings_of_a_row_are_told(tmp_path, capsys):
+    """That of most columns, and in brackets those of others; what all runs have stands below, defaults nowhere."""
+    for mapping in ("ilm", "blm", "blmpp"):
+        make_run(tmp_path, 0.5, mapping=mapping, epochs=6 if mapping == "blm" else 0, shots=4, canvas_size=128)
+        make_run(tmp_path, 0.5, mapping=mapping, epochs=0, dataset="dtd", shots=4, batch_size=64)
+    out = run(capsys, tmp_path, "--format", "markdown", "--columns", "mapping").out
+    assert [line[-1] for line in rows(out)] == [
+        "settings",
+        "----------------------------------",
+        "batch size 64, epochs 0",
+        "canvas size 128, epochs 0 (blm: 6)",
+    ]
+    assert "All runs: input VR padding, script train_vm, shots 4." in out
+
+
 def test_refusals_of_columns(results, capsys):
     assert "--columns makes a table, and html is none" in fails(capsys, results, "--columns", "mapping")
-    assert "--rows belongs to --columns" in fails(capsys, results, "--format", "markdown", "--rows", "mapping")
+    for rows_given in ("mapping", ""):
+        error = fails(capsys, results, "--format", "markdown", "--rows", rows_given)
+        assert "--rows belongs to --columns" in error
     markdown = [results, "--format", "markdown", "--columns"]
     assert "'colour' is no setting of these runs; they have mapping, pattern, " in fails(capsys, *markdown, "colour")
+    assert "'' is no setting of these runs" in fails(capsys, *markdown, "")
+    assert "'' is no setting of these runs" in fails(capsys, *markdown, "mapping", "--rows", "")
     assert "no value of mapping; these are ilm; blm; linear" in fails(capsys, *markdown, "mapping", "--baseline", "flm")
 
 
@@ -562,7 +650,8 @@ def test_published_clip_figures_are_those_of_the_reference():
 
 def page_data(path):
     text = path.read_text(encoding="utf-8")
-    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    return data | {"runs": [details for group in data["groups"] for details in group["runs"]]}
 
 
 def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
@@ -572,10 +661,10 @@ def test_page_needs_no_network_and_holds_the_numbers(results, capsys, tmp_path):
     assert "default-src 'none'" in text and "src=" not in text and "<link" not in text and "@import" not in text
     data = page_data(out)
     (group,) = [g for g in data["groups"] if g["mapping"] == "ilm"]
-    assert (group["accuracy"], group["std"], group["best"], group["seeds"]) == pytest.approx((28, 3, 33, 3))
+    assert (group["accuracy"], group["std"], group["best"], len(group["runs"])) == pytest.approx((28, 3, 33, 3))
     ((name, *published),) = group["published"]
     assert name == "ilm" and published[:2] == [27.9, 0.7] and group["minutes"] == 2
-    assert data["runs"][group["runs"][1]]["seed"] == 1
+    assert group["runs"][1]["seed"] == 1
     assert data["runs"][0]["mapping"] == [[[1, 0.6], [3, 0.25]], [[2, 0.5], [1, 0.125]]]
     assert data["runs"][0]["curves"]["mapping_change"] == [None, 0.25]
 
@@ -585,25 +674,31 @@ def test_pattern_of_a_plugin_is_shown_stretched(tmp_path, capsys):
     make_run(tmp_path, 0.5)
     make_run(tmp_path, 0.4, reprogramming="my_vr", dataset="my_data")
     make_run(tmp_path, 0.3, reprogramming="watermarking")
+    make_run(tmp_path, 0.3, reprogramming="none")
     run(capsys, tmp_path, "--out", tmp_path / "page.html")
     data = page_data(tmp_path / "page.html")
-    captions = {g["reprogramming"]: data["runs"][g["runs"][0]]["caption"] for g in data["groups"]}
+    captions = {g["reprogramming"]: g["runs"][0]["caption"] for g in data["groups"]}
     assert captions["padding"].startswith("sigmoid(θ) around the place of the image, contrast ×")
     assert captions["my_vr"].startswith("θ alone: black -")
     assert captions["watermarking"].startswith("added to the normalised image")
+    assert captions["none"] == "no pattern" and [details["pattern"] for details in data["runs"]].count(None) == 1
     program = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]]).expand(3, 2, 2)
     image, _ = _pattern_image(SimpleNamespace(settings={"reprogramming": "my_vr"}), program)
     assert image[..., 0].tolist() == [[0, 64], [128, 255]] and image.dtype == torch.uint8
 
 
 def test_page_shows_how_far_unfinished_runs_are(results, capsys):
-    make_run(results, 0.2, seed=3, epochs=10, done=4)
+    folder = make_run(results, 0.2, seed=3, epochs=10, done=4)
     make_run(results, 0.2, seed=4, epochs=10, done=0)
     outcome = run(capsys, results, "--out", results / "page.html")
     assert outcome.err == "2 unfinished, 5 finished runs\n"
     data = page_data(results / "page.html")
     begun, waiting = (g["progress"] for g in data["groups"] if "progress" in g)
-    assert begun["done"] == 4 and begun["to_go"] == pytest.approx(6) and begun["ended"].endswith("Z")  # a minute each
+    assert (
+        begun["done"] == 4
+        and begun["to_go"] == pytest.approx(6)
+        and begun["ended"] == 1000 * (folder / "metrics.jsonl").stat().st_mtime
+    )  # a minute each
     assert waiting == {"done": 0, "ended": None, "to_go": None}
     details = data["runs"][-2]
     assert details["result"] is None and len(details["curves"]["test_accuracy"]) == 4 and details["pattern"]
@@ -622,12 +717,12 @@ def test_real_runs(vm_run, vlm_run, capsys, tmp_path):
     for group, folder in zip(data["groups"], (vm_run, vlm_run), strict=True):
         result = json.loads((folder / "result.json").read_text())
         assert group["accuracy"] == pytest.approx(100 * result["final_accuracy"])
-        details = data["runs"][group["runs"][0]]
+        details = group["runs"][0]
         classes, sources = data["names"][details["classes"]], data["names"][details["sources"]]
         assert len(details["mapping"]) == len(classes) == 8 and details["pattern"].startswith("data:image/webp;base64,")
         assert all(0 <= s < len(sources) and 0 < w <= 1 for pairs in details["mapping"] for s, w in pairs)
     weights = load_checkpoint(checkpoint_path(vm_run))["mapping"]["_weights"]
-    vm = data["runs"][data["groups"][0]["runs"][0]]["mapping"]
+    vm = data["runs"][0]["mapping"]
     assert [pairs[0][1] for pairs in vm] == pytest.approx(weights.max(0).values.tolist(), rel=1e-4)
     assert all(weights[s, t] == pytest.approx(w, rel=1e-4) for t, pairs in enumerate(vm) for s, w in pairs)
 
@@ -785,12 +880,12 @@ def test_leaderboard_sorts_and_filters(page):
 def test_best_row_is_open_and_a_filter_never_leaves_another_one_s_details(page):
     assert page.one("#title").text.startswith("linear on flowers102")
     page.type("#filter", "ilm")
-    assert page.one("#title").text == "ilm on flowers102, resnet18, padding"
+    assert page.one("#title").text == "ilm on flowers102, resnet18, padding (2 epochs)"
     page.type("#filter", "nothing such")
     assert page.column("accuracy") == [] and "no row" in page.one("#shown").text
     assert not page.one("#details").is_displayed() and not page.one("#comparison").is_displayed()
     page.type("#filter", "dtd")
-    assert page.one("#title").text == "rlm on dtd, resnet18, padding (batch size 64)"
+    assert page.one("#title").text == "rlm on dtd, resnet18, padding (batch size 64, 2 epochs)"
 
 
 def test_best_mapping_is_bold_among_equally_many_seeds(browser, results, capsys):
@@ -808,7 +903,9 @@ def test_details_of_a_run_and_its_seeds(page):
     about = page.one("#about").text
     assert "final 31.00 %, best on test 36.00 %, 2 minutes, on CPU of 2 cores, 2 threads" in about
     lines = page.all("#curves polyline")
-    assert [len(line.get_attribute("points").split()) for line in lines] == [2, 2, 2, 1]  # ‖Δω‖ starts an epoch later
+    assert [len(line.get_attribute("points").split()) for line in lines] == [2, 2, 2, 2]
+    (start, _), (end, _) = (point.split(",") for point in lines[3].get_attribute("points").split())
+    assert float(end) - float(start) == 24  # ‖Δω‖ starts an epoch later: a dash for the one there is
     assert page.browser.execute_script("return document.querySelector('#pattern').naturalWidth") == 224
 
 
@@ -865,7 +962,7 @@ def test_comparison_of_curves_and_classes(browser, results, capsys):
     bars = page.all("#differences i")
     styles = [bar.get_attribute("style") for bar in bars]
     assert styles == ["width: 50%; left: 50%;", "width: 8.33333%; left: 41.6667%;"]
-    assert "better in 1 classes, worse in 1, equal in 0" in page.one("#sum").text
+    assert "better in 1 of 2 classes, worse in 1, equal in 0" in page.one("#sum").text
     page.type("#filter", " ")
     page.all("#board input")[page.column("mapping").index("linear")].click()
     assert page.keys_of("#together .chart")[0] == ["linear · flowers102", "blmpp · dtd", "flm · dtd"]
@@ -888,6 +985,27 @@ def test_best_on_validation_is_no_best_on_test(browser, results, capsys):
     assert "best on validation 65.00 %" in page.one("#about").text
     assert page.one("#caption").text == "A record holds neither pattern nor mapping."
     assert not page.one("#pattern").is_displayed() and not page.one("#mapping").is_displayed()
+
+
+def test_charts_without_a_line_say_why(browser, results, capsys):
+    """Of a run without epochs, which is estimated once; of one that has not begun; of one that never changed."""
+    make_run(results, 0.99, mapping="lda", epochs=0, reprogramming="none", done=1)
+    folder = results / "vm_5"
+    line = json.loads((folder / "metrics.jsonl").read_text()) | {"train_loss": None, "train_accuracy": None}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    write_json(folder / "result.json", {"final_accuracy": 0.99, "best_accuracy": 0.99})
+    make_run(results, 0.2, seed=3, epochs=10, done=0)
+    run(capsys, results, "--out", results / "page.html")
+    browser.get((results / "page.html").as_uri())
+    page = Page(browser)
+    assert page.one("#title").text == "lda on flowers102, resnet18, none (0 epochs)"
+    assert page.one("#caption").text == "no pattern" and not page.one("#pattern").is_displayed()
+    _, loss, change = page.all("#curves .chart")
+    assert loss.text.endswith("nothing was trained") and change.text.endswith("no change to show after one epoch")
+    page.one("#running a").click()
+    page.until("#about", "0 of 10 epochs")
+    assert all(chart.text.endswith("no epoch has ended") for chart in page.all("#curves .chart"))
+    assert page.one("#caption").text == "None before the end of the first epoch."
 
 
 def test_unfinished_runs_are_shown_with_their_progress(browser, results, capsys):

@@ -1,6 +1,6 @@
 """python -m tools.report results
 
-Compare runs. Takes run folders, folders that hold some at any depth, and records of runs. Four formats:
+Compare runs. Takes run folders, records of runs, and folders that hold some at any depth. Four formats:
 
 html      one page that needs no network: how far unfinished runs are; a leaderboard to sort and filter; several runs in
           one chart; of each run its curves, its pattern, and an explorer of the mapping in both directions (default,
@@ -21,70 +21,56 @@ import sys
 from pathlib import Path
 
 from tools.console import Parser, user_errors
+from tools.report.comparison import USUAL_ROWS
 from tools.report.page import as_html
-from tools.report.runs import as_record, find_runs, tabulate
+from tools.report.runs import as_record, find_runs
 from tools.report.tables import as_latex, as_markdown, by_mapping, by_setting
 
-USUAL_ROWS = ("dataset", "backbone", "mapping")  # with --columns
 TABLES = {"markdown": as_markdown, "latex": as_latex}
+HELP = {
+    "paths": "run folder, record, or folder that holds some at any depth",
+    "out": "file to write (default: report.html, or stdout for the others)",
+    "columns": "a column per value of this setting, as of shots; pattern is the input VR, and whether it was trained",
+    "rows": f"with --columns: the settings that tell rows apart (default: {','.join(USUAL_ROWS)}, and what else it "
+    "takes for the runs of a cell to differ in their seed alone)",
+    "baseline": "with --columns: what the other columns have over this one, with p-values, and what each takes",
+}
 
 
 @user_errors()
 def main(argv=None):
     parser = Parser(prog="python -m tools.report", description=__doc__)
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="run folder, or folder of runs or records at any depth"
-    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=HELP["paths"])
     parser.add_argument("--format", choices=("html", *TABLES, "record"), default="html", help="default: html")
-    parser.add_argument("--out", metavar="FILE", help="file to write (default: report.html, or stdout for the others)")
-    parser.add_argument(
-        "--columns",
-        metavar="SETTING",
-        help="a column per value of this setting, as in shots; or of pattern: the input VR, and whether it was trained",
-    )
-    parser.add_argument(
-        "--rows",
-        metavar="SETTING,…",
-        help=f"with --columns: the settings that tell rows apart (default: {','.join(USUAL_ROWS)})",
-    )
-    parser.add_argument(
-        "--baseline",
-        metavar="VALUE",
-        help="with --columns: what the other columns have over this one, with p-values, and what each takes",
-    )
+    for name, value in (("out", "FILE"), ("columns", "SETTING"), ("rows", "SETTING,…"), ("baseline", "VALUE")):
+        parser.add_argument(f"--{name}", metavar=value, help=HELP[name])
     arguments = parser.parse_args(argv)
-    _refuse_what_has_no_effect(arguments)
+    form, out = arguments.format, arguments.out
+    if arguments.columns is not None and form not in TABLES:
+        raise ValueError(f"--columns makes a table, and {form} is none; add --format {' or '.join(TABLES)}")
+    for flag in ("rows", "baseline"):
+        if getattr(arguments, flag) is not None and arguments.columns is None:
+            raise ValueError(f"--{flag} belongs to --columns; add --columns SETTING, or leave it out")
     runs = find_runs(arguments.paths)
-    rows = tabulate(runs)
-    unfinished = [run for run in runs if run.result is None]
-    out = arguments.out or ("report.html" if arguments.format == "html" else None)
-    if arguments.format == "html":
-        text = as_html(rows, unfinished)
-    elif not rows:
+    unfinished = sum(run.result is None for run in runs)
+    if form == "html":
+        text, out = as_html(runs), "report.html" if out is None else out
+    elif unfinished == len(runs):
         raise ValueError(f"{arguments.paths[0]} holds no finished run; --format html shows how far they are")
-    elif arguments.format == "record":
+    elif form == "record":
         text = as_record(runs)
+    elif arguments.columns is None:
+        text = TABLES[form](by_mapping(runs))
     else:
-        table = by_mapping(rows)
-        if arguments.columns:
-            names = arguments.rows.split(",") if arguments.rows else [n for n in USUAL_ROWS if n != arguments.columns]
-            table = by_setting(runs, names, arguments.columns, arguments.baseline)
-        text = TABLES[arguments.format](table)
+        rows = None if arguments.rows is None else arguments.rows.split(",")
+        text = TABLES[form](by_setting(runs, arguments.columns, rows, arguments.baseline))
     if unfinished:
-        print(f"{len(unfinished)} unfinished, {len(runs) - len(unfinished)} finished runs", file=sys.stderr)
+        print(f"{unfinished} unfinished, {len(runs) - unfinished} finished runs", file=sys.stderr)
     if out is None:
         print(text, end="")
     else:
         Path(out).write_text(text, encoding="utf-8")
         print(f"{out}: {len(text.encode()) / 2**20:.1f} MiB")
-
-
-def _refuse_what_has_no_effect(arguments):
-    if arguments.columns and arguments.format not in TABLES:
-        raise ValueError(f"--columns makes a table, and {arguments.format} is none; add --format {' or '.join(TABLES)}")
-    for flag in ("rows", "baseline"):
-        if getattr(arguments, flag) and not arguments.columns:
-            raise ValueError(f"--{flag} belongs to --columns; add --columns SETTING, or leave it out")
 
 
 if __name__ == "__main__":

@@ -1,114 +1,118 @@
-"""Runs compared in one setting: a column per value, and what each value adds to a baseline."""
+"""Which runs belong together, what their accuracy is over seeds, and how that compares with others'."""
+
+import re
+import statistics
+from collections import Counter
+from dataclasses import dataclass
 
 from scipy import stats
 
-from data.files import printable
 from mapping import MAPPINGS
-from models import REPROGRAMMING
-from tools.report.runs import Cell, natural
 
-OF_A_RUN = ("dataset", "backbone", "reprogramming", "script", "epochs", "data")
-SIGNIFICANT = 0.05
+USUAL_ROWS = ("dataset", "backbone", "mapping")
 
 
-def value_of(run, name):
-    """What a run has of a setting, as text; ``pattern`` is the input VR and whether it was trained."""
-    if name == "mapping":
-        return run.mapping
-    if name in OF_A_RUN:
-        return str(getattr(run.row, name))
-    if name == "pattern":
-        vr = run.row.reprogramming
-        if vr in REPROGRAMMING and not REPROGRAMMING[vr].trained:
-            return vr
-        return f"{vr}, trained" if run.row.epochs else f"{vr}, as it starts"
-    return printable(str(run.distinct.get(name, "default")))
+@dataclass(frozen=True)
+class Cell:
+    """Finished runs that differ in their seed alone; accuracies in percent."""
+
+    runs: list
+
+    @property
+    def mean(self):
+        return 100 * statistics.fmean(run.result[0] for run in self.runs)
+
+    @property
+    def std(self):
+        """Sample standard deviation; None for a single run."""
+        return 100 * statistics.stdev([run.result[0] for run in self.runs]) if len(self.runs) > 1 else None
+
+    @property
+    def best(self):
+        """Test accuracy of the best epoch."""
+        return 100 * statistics.fmean(run.result[1] for run in self.runs)
+
+    @property
+    def minutes(self):
+        return statistics.fmean(run.minutes for run in self.runs)
+
+    @property
+    def note(self):
+        """In what the machines of its runs differ; "" where they don't."""
+        devices, threads = (sorted({m[i] for run in self.runs for m in run.machines}, key=place) for i in (0, 1))
+        notes = [f"runs on {' and '.join(devices)}"] * (len(devices) > 1)
+        notes += [f"runs with {' and '.join(threads)} threads"] * (len(threads) > 1)
+        return ", ".join(notes)
 
 
-def cross(runs, rows, column):
-    """Finished runs by settings.
+def tabulate(runs, rows=None, column="mapping"):
+    """{row: {value of ``column``: `Cell`}} of finished runs, sorted; a row is a `Row`, or values of ``rows``."""
+    cells = {}
+    for run in sorted((run for run in runs if run.result is not None), key=lambda run: run.seed):
+        row = run.row if rows is None else tuple(map(run.value, rows))
+        cells.setdefault(row, {}).setdefault(run.value(column), []).append(run)
+    return {
+        row: {value: Cell(cells[row][value]) for value in sorted(cells[row], key=place)}
+        for row in sorted(cells, key=lambda row: [place(value) for value in row])
+    }
+
+
+def place(value):
+    """A key to sort by: mappings of the project in its order, then ``default``, numbers within text by their value."""
+    names, parts = list(MAPPINGS), re.split("([0-9]{1,9})", str(value))  # every second part is a number
+    number = [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
+    return names.index(value) if value in names else len(names), value != "default", number
+
+
+def columns_of(table):
+    """What the cells of the rows are of, sorted: the mappings of `tabulate`."""
+    return sorted({value for cells in table.values() for value in cells}, key=place)
+
+
+def cross(runs, column, rows=None):
+    """Finished runs by settings, each named as in `Run.values`.
 
     Parameters
     ----------
     runs : list of Run
-    rows : list of str
-        Settings that tell a row from the others, or ``pattern``.
     column : str
-        The one that tells a column from the others.
+        The setting that tells a column from the others.
+    rows : list of str, optional
+        Those that tell a row from the others; by default data set, backbone, mapping, and what else it takes to have
+        the runs of a cell differ in their seed alone.
 
     Returns
     -------
-    values : list of str
-        Of the columns.
+    rows : list of str
     table : dict of tuple of str to (dict of str to Cell)
-        {values of the row: {value of the column: its runs}}, all in order.
+        As of `tabulate`: {values of the row: {value of the column: its runs}}.
 
     Raises
     ------
     ValueError
         A name that is no setting of these runs, or a cell whose runs differ in more than their seed.
     """
-    finished = sorted((run for run in runs if run.result is not None), key=lambda run: run.seed)
-    known = dict.fromkeys(["mapping", "pattern", *OF_A_RUN, *sorted(name for run in finished for name in run.distinct)])
-    for name in (*rows, column):
+    known = dict.fromkeys(name for run in runs for name in run.values)
+    names = [name for name in USUAL_ROWS if name != column] if rows is None else rows
+    for name in (*names, column):
         if name not in known:
             raise ValueError(f"{name!r} is no setting of these runs; they have {', '.join(known)}")
-    table = {}
-    for run in finished:
-        cells = table.setdefault(tuple(value_of(run, name) for name in rows), {})
-        cells.setdefault(value_of(run, column), []).append(run)
-    for row, cells in table.items():
-        for value, members in cells.items():
-            _check_alike(members, known, [*row, value])
-    order = sorted(table, key=lambda row: [_place(name, value) for name, value in zip(rows, row, strict=True)])
-    values = sorted({value for cells in table.values() for value in cells}, key=lambda value: _place(column, value))
-    return values, {
-        row: {value: Cell(tuple(table[row][value])) for value in values if value in table[row]} for row in order
-    }
+    while True:
+        table = tabulate(runs, names, column)
+        cells = [(row, value, cell.runs) for row, cells in table.items() for value, cell in cells.items()]
+        mixed = [(row, value, more) for row, value, members in cells if (more := differing(members))]
+        if not mixed:
+            return names, table
+        row, value, more = mixed[0]
+        if rows is not None:
+            raise ValueError(f"the runs of {', '.join([*row, value])} differ in {', '.join(more)}; name it in --rows")
+        names = [*names, *([name for name in more if name != "data"] or more)]  # which mostly differs by the others
 
 
-def _check_alike(runs, known, names):
-    differing = [name for name in known if name != "pattern" and len({value_of(run, name) for run in runs}) > 1]
-    if differing:
-        raise ValueError(f"the runs of {', '.join(names)} differ in {', '.join(differing)}; name it in --rows")
-
-
-def besides(columns, cells, apart_from):
-    """In what else the columns of a row differ, as in "canvas size default / 128 / 128"; "" where in nothing.
-
-    Parameters
-    ----------
-    columns : list of str
-    cells : dict of str to Cell
-        Of some of the columns.
-    apart_from : set of str
-        Settings that the rows and columns show.
-    """
-    firsts = [cell.runs[0] for cell in cells.values()]
-    shown = apart_from | {"data"} | ({"reprogramming"} if "pattern" in apart_from else set())
-    names = sorted({name for run in firsts for name in (*run.distinct, "mapping", *OF_A_RUN)} - shown)
-    differing = [name for name in names if len({value_of(run, name) for run in firsts}) > 1]
-    return "; ".join(
-        f"{words(name)} {in_order(value_of(cells[v].runs[0], name) if v in cells else '–' for v in columns)}"
-        for name in differing
-    )
-
-
-def in_order(texts):
-    """What the columns have of something, in one cell."""
-    return " / ".join(texts)
-
-
-def words(name):
-    """A setting as a table names it."""
-    return {"dataset": "data set", "reprogramming": "input VR"}.get(name, printable(name.replace("_", " ")))
-
-
-def _place(name, value):
-    if name == "mapping":
-        names = list(MAPPINGS)
-        return (names.index(value) if value in names else len(names), value)
-    return (value != "default", natural([value]))
+def differing(runs):
+    """The settings that some of ``runs`` differ in."""
+    names = dict.fromkeys(name for run in runs for name in run.values if name != "pattern")
+    return [name for name in names if len({run.value(name) for run in runs}) > 1]
 
 
 def difference(cell, baseline):
@@ -121,6 +125,26 @@ def difference(cell, baseline):
     """
     pair, p = (cell, baseline), None
     if None not in (cell.std, baseline.std) and (cell.std or baseline.std):
-        statistics = [value for each in pair for value in (each.mean, each.std, len(each.runs))]
-        p = float(stats.ttest_ind_from_stats(*statistics, equal_var=False).pvalue)
+        moments = [value for each in pair for value in (each.mean, each.std, len(each.runs))]
+        p = float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)
     return cell.mean - baseline.mean, p
+
+
+def data_notes(rows):
+    """{row: a note} for rows of `tabulate` that differ from others in their data alone."""
+    names = Counter(row[:-1] for row in rows)
+    words = "rows of this name differ in labels or images"
+    return {row: f"data {row.data}: {words}" for row in rows if names[row[:-1]] > 1}
+
+
+def best_mappings(cells):
+    """The mappings of a row with the best accuracy as printed, a set.
+
+    Only mappings with equal numbers of seeds are compared: of the largest number that several have. ``linear``, which
+    is trained by gradient, is a reference and takes no part.
+    """
+    rivals = {name: cell for name, cell in cells.items() if name != "linear"}
+    sizes = Counter(len(cell.runs) for cell in rivals.values())
+    size = max((size for size, count in sizes.items() if count > 1), default=None)
+    means = {name: round(cell.mean, 1) for name, cell in rivals.items() if len(cell.runs) == size}
+    return {name for name, mean in means.items() if mean == max(means.values())}

@@ -1,11 +1,7 @@
-"""What run folders say of themselves, checked, since they may come from anywhere; and which of them belong together."""
+"""What run folders and records say of themselves, checked, since they may come from anywhere."""
 
 import hashlib
 import json
-import math
-import re
-import statistics
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +9,7 @@ from typing import NamedTuple
 from tools.console import warn
 from data.files import printable, read_json
 from data.registry import FOLDER_PREFIX
-from mapping import MAPPINGS
+from models import REPROGRAMMING
 from tools.training.run_folder import check_config, read_config
 
 SCRIPTS = {kind: f"train_{kind}" for kind in ("vm", "vm_fast", "vlm")}
@@ -28,14 +24,9 @@ class Row(NamedTuple):
     backbone: str
     reprogramming: str
     script: str
-    settings: str  # that differ from the recipe, but the epochs, as in "lr 0.1, no bayes"
+    settings: str  # that differ from the recipe, but the epochs, as in "lr 0.1, train fraction 0.5"
     epochs: int
     data: str  # short fingerprint of labels and images
-
-    @property
-    def name(self):
-        """The row without its data: those of two rows may be equal."""
-        return self[:-1]
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,18 @@ class Run:
         All of them, files without their folders; of a record those of every name.
     distinct : dict
         Those that bear on the result and differ from the recipe.
-    machines : frozenset of (str, int or None)
+    values : dict of str to str
+        What a table may tell runs apart by: mapping, row and what is distinct, and ``pattern``, which is the input VR
+        and whether it was trained.
+    machines : set of (str, str)
         Device and number of threads of each start.
     metrics : list of dict
         A line for each finished epoch.
     result : (float, float) or None
         Final accuracy and that of the best epoch, fractions of 1; None for a run that is not finished.
-    best_on : str
-        What the best epoch was chosen by: ``test`` or ``validation``.
     class_accuracies : dict of str to float or None, or None
         What `tools.evaluate` measured, fractions of 1; None for a class without test images.
-    recorded : dict
+    recorded : str
         Its line of a record: what was read, without the folders and the name of the machine.
     """
 
@@ -73,42 +65,81 @@ class Run:
     seed: int
     settings: dict
     distinct: dict
-    machines: frozenset
+    values: dict
+    machines: set
     metrics: list
     result: tuple | None
-    best_on: str
     class_accuracies: dict | None
-    recorded: dict
+    recorded: str
 
     @property
     def minutes(self):
         """Of estimating, training and testing, over all finished epochs."""
         return sum(sum(line["seconds"].values()) for line in self.metrics) / 60
 
+    def value(self, name):
+        """What it has of a setting that tells runs apart, as text."""
+        return self.values.get(name, "default")
 
-def read_run(folder):
-    """Read the small files of a run folder.
+
+def words(name):
+    """A setting as tables name it."""
+    return {"dataset": "data set", "reprogramming": "input VR"}.get(name, name.replace("_", " "))
+
+
+def find_runs(paths):
+    """Runs in and below ``paths``, which are folders of runs or of records, or records; each once, finished ones first.
+
+    A path that is named and holds no run is an error; a run come upon below is left out with a warning where it cannot
+    be read, or repeats another's settings and seed on the same data. Of these a finished one is kept.
+    """
+    found = []
+    for path in map(Path, paths):
+        file = path / "config.json" if path.is_dir() else path
+        if not path.is_dir() and not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is no folder and no file; name a run folder, a record, or a folder of some"
+            )
+        runs = _read(file) if file.is_file() else _below(path)
+        if not runs:
+            raise ValueError(f"{path} holds no run; train one, or name another folder")
+        found += runs
+    kept = {}
+    # of a run that is found in its folder and in a record, the folder holds more
+    for run in sorted(found, key=lambda run: (run.result is None, not run.folder.is_dir())):
+        first = kept.setdefault((run.row, run.mapping, run.seed), run)
+        if first.recorded != run.recorded:
+            warn(f"left out: {run.folder} repeats the settings and the seed of {first.folder}")
+    return list(kept.values())
+
+
+def _below(folder):
+    runs = []
+    for file in sorted((*folder.rglob("config.json"), *folder.rglob("runs.jsonl"))):
+        try:
+            runs += _read(file) if file.is_file() else []
+        except (ValueError, OSError) as error:
+            warn(f"left out: {error}")
+    return runs
+
+
+def _read(file):
+    """The run of the folder of a ``config.json``, or the runs of a record, as `as_record` writes it.
 
     Raises
     ------
     ValueError, OSError
         Where it holds none of this version, or values that no run of this project writes.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.json")
-    lines = folder / "metrics.jsonl"
-    parts = {"config": read_config(folder / "config.json"), "metrics": _json_lines(lines) if lines.is_file() else []}
-    for name in ("result", "evaluation"):
-        if (path := folder / f"{name}.json").is_file():
-            parts[name] = read_json(path)
-    return _checked(parts, folder)
-
-
-def read_record(path):
-    """The runs of a ``runs.jsonl``, as `as_record` writes it; raises as `read_run`."""
+    if file.name == "config.json":
+        parts = {"config": read_config(file), "metrics": []}
+        for name, read in (("metrics.jsonl", _json_lines), ("result.json", read_json), ("evaluation.json", read_json)):
+            if (path := file.with_name(name)).is_file():
+                parts[path.stem] = read(path)
+        return [_checked(parts, file.parent)]
     runs = []
-    for number, parts in enumerate(_json_lines(path), 1):
-        place = Path(f"{path}:{number}")
+    for number, parts in enumerate(_json_lines(file), 1):
+        place = Path(f"{file}:{number}")
         config = check_config(_object(parts, place).get("config"), place)
         if not isinstance(parts.get("metrics"), list) or "result" not in parts:
             raise ValueError(f"{place} lacks metrics or the result")
@@ -119,7 +150,7 @@ def read_record(path):
 def as_record(runs):
     """A line of JSON for each finished run: what a table, or a comparison with a later run, needs of it."""
     finished = sorted((run for run in runs if run.result is not None), key=lambda run: str(run.folder))
-    return "".join(json.dumps(run.recorded) + "\n" for run in finished)
+    return "".join(run.recorded + "\n" for run in finished)
 
 
 def _checked(parts, place):
@@ -133,43 +164,54 @@ def _checked(parts, place):
     content = {name: value if type(value) is str else _digest(value) for name, value in config["content"].items()}
     # where the seed draws them, images differ from seed to seed and are no reason not to average
     drawn = {f"{split} images" for setting in _DRAWING.keys() & distinct.keys() for split in _DRAWING[setting]}
-    words = ", ".join(_words(key, distinct[key]) for key in sorted(distinct.keys() - {*NAMES, "seed", "epochs"}))
+    others = {printable(key): printable(distinct[key]) for key in sorted(distinct.keys() - {*NAMES, "seed", "epochs"})}
     row = Row(
         *(printable(settings[key]) for key in NAMES[:3]),
         SCRIPTS[config["kind"]],
-        printable(words),
+        ", ".join(f"{words(key)} {value}" for key, value in others.items()),
         settings["epochs"],
         _digest({name: value for name, value in content.items() if name not in drawn})[:8],
     )
-    result, outcome = None, None
-    if "result" in parts:
-        outcome = _object(parts["result"], place)
-        result = _fraction(outcome, "final_accuracy", place), _fraction(outcome, "best_accuracy", place)
+    own = {"mapping": printable(settings["mapping"]), "pattern": _pattern(row)}
+    own |= {key: str(value) for key, value in row._asdict().items() if key != "settings"}
     kept = {"format": config["format"], "kind": config["kind"], "content": content}
     kept |= {"settings": {key: settings[key] for key in (*NAMES, "seed", "epochs")}, "distinct": distinct}
     kept["starts"] = [{key: start.get(key) for key in _OF_A_START} for start in config["starts"]]
-    recorded = {"config": kept, "metrics": metrics}
-    if result is not None:
+    recorded, result = {"config": kept, "metrics": metrics}, None
+    if "result" in parts:
+        outcome = _object(parts["result"], place)
+        result = tuple(_number(outcome, f"{which}_accuracy", place, 0, 1) for which in ("final", "best"))
         recorded["result"] = {key: value for key, value in outcome.items() if key not in kept["settings"]}
     accuracies = _class_accuracies(parts.get("evaluation"), metrics, place)
     if accuracies is not None:
         numbers = {key: value for key, value in parts["evaluation"].items() if type(value) in (int, float)}
         classes = [{"name": name, "accuracy": accuracy} for name, accuracy in accuracies.items()]
         recorded["evaluation"] = numbers | {"classes": classes}
+    try:
+        line = json.dumps(recorded, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{place} holds a number that is not finite") from error
     return Run(
         folder=place,
         row=row,
-        mapping=printable(settings["mapping"]),
+        mapping=own["mapping"],
         seed=settings["seed"],
         settings=settings,
         distinct=distinct,
-        machines=frozenset((printable(str(start.get("device"))), start.get("threads")) for start in config["starts"]),
+        values=own | others | own,
+        machines={(printable(start.get("device")), printable(start.get("threads"))) for start in config["starts"]},
         metrics=metrics,
         result=result,
-        best_on="validation" if "validation_fraction" in distinct else "test",
         class_accuracies=accuracies,
-        recorded=recorded,
+        recorded=line,
     )
+
+
+def _pattern(row):
+    name = row.reprogramming
+    if name in REPROGRAMMING and not REPROGRAMMING[name].trained:
+        return name
+    return f"{name}, trained" if row.epochs else f"{name}, as it starts"
 
 
 _DRAWING = dict.fromkeys(("shots", "train_fraction", "validation_fraction"), ("train", "validation"))
@@ -194,26 +236,20 @@ def _check_settings(config, place):
     wrong = [key for key in NAMES if type(settings.get(key)) is not str]
     wrong += [key for key in ("seed", "epochs") if type(settings.get(key)) is not int or not 0 <= settings[key] < 2**63]
     wrong += ["a known kind"] * (config["kind"] not in SCRIPTS)
-    wrong += ["threads"] * any(type(start.get("threads")) not in (int, type(None)) for start in config["starts"])
     if wrong:
         raise ValueError(f"{place} lacks {', '.join(wrong)}")
-
-
-def _words(key, value):
-    words = key.replace("_", " ")
-    return f"{words} {value}" if type(value) is not bool else words if value else f"no {words}"
 
 
 def _json_lines(path):
     try:
         return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
+        raise ValueError(f"{path} holds no JSON in each line ({error})") from error
 
 
 def _check_metrics(lines, place):
     for number, line in enumerate(lines):
-        _fraction(_object(line, place), "test_accuracy", place)
+        _number(_object(line, place), "test_accuracy", place, 0, 1)
         for key in CURVES:
             if line.get(key) is not None:
                 _number(line, key, place)
@@ -232,9 +268,8 @@ def _class_accuracies(evaluation, metrics, place):
     classes = evaluation.get("classes")
     if not isinstance(classes, list) or not all(type(_object(c, place).get("name")) is str for c in classes):
         raise ValueError(f"{place}: the evaluation lacks classes")
-    return {
-        printable(c["name"]): None if c.get("accuracy") is None else _fraction(c, "accuracy", place) for c in classes
-    }
+    measured = {printable(c["name"]): c for c in classes}
+    return {n: None if c.get("accuracy") is None else _number(c, "accuracy", place, 0, 1) for n, c in measured.items()}
 
 
 def _object(value, place):
@@ -243,160 +278,8 @@ def _object(value, place):
     return value
 
 
-def _number(values, key, place):
+def _number(values, key, place, low=-1e300, high=1e300):
     value = values.get(key)
-    if type(value) not in (int, float) or not abs(value) < 1e300 or math.isnan(value):  # an int may exceed all floats
-        raise ValueError(f"{place}: {key} is {value!r:.40}, expected a number")
+    if type(value) not in (int, float) or not low <= value <= high:  # also nan; an int may exceed all floats
+        raise ValueError(f"{place}: {key} is {value!r:.40}, expected a number" + " in [0, 1]" * (high == 1))
     return value
-
-
-def _fraction(values, key, place):
-    value = _number(values, key, place)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{place}: {key} is {value!r:.40}, expected a number in [0, 1]")
-    return value
-
-
-def find_runs(paths):
-    """Runs in and below ``paths``, folders of runs or of records, each once, finished or not.
-
-    A folder that is named and holds no run is an error; one come upon below is left out with a warning, as is a run
-    that repeats another's settings and seed on the same data.
-    """
-    runs = {}
-    for path in map(Path, paths):
-        if not path.is_dir():
-            raise FileNotFoundError(f"{printable(str(path))} is no folder; name a run folder or one that holds some")
-        if (path / "config.json").is_file():
-            found = [read_run(path)]
-        else:
-            found = []
-            for file in sorted((*path.rglob("config.json"), *path.rglob("runs.jsonl"))):
-                try:
-                    found += read_record(file) if file.name == "runs.jsonl" else [read_run(file.parent)]
-                except (ValueError, OSError) as error:
-                    warn(f"left out: {error}")
-            if not found:
-                raise ValueError(f"{path} holds no run; train one, or name another folder")
-        for run in found:
-            first = runs.setdefault((run.row, run.mapping, run.seed), run)
-            if first.folder.resolve() != run.folder.resolve():
-                warn(f"left out: {run.folder} repeats the settings and the seed of {first.folder}")
-    return list(runs.values())
-
-
-# ---- grouping ----
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Finished runs that differ in their seed alone; accuracies in percent."""
-
-    runs: tuple
-
-    @property
-    def mean(self):
-        return 100 * statistics.fmean(run.result[0] for run in self.runs)
-
-    @property
-    def std(self):
-        """Sample standard deviation; None for a single run."""
-        return 100 * statistics.stdev([run.result[0] for run in self.runs]) if len(self.runs) > 1 else None
-
-    @property
-    def best(self):
-        """Test accuracy of the best epoch."""
-        return 100 * statistics.fmean(run.result[1] for run in self.runs)
-
-    @property
-    def minutes(self):
-        return statistics.fmean(run.minutes for run in self.runs)
-
-    @property
-    def note(self):
-        """In what the machines of its runs differ; "" where they don't."""
-        devices, threads = (sorted({m[i] for run in self.runs for m in run.machines}, key=str) for i in (0, 1))
-        return ", ".join(
-            [
-                *[f"runs on {' and '.join(devices)}"] * (len(devices) > 1),
-                *[f"runs with {' and '.join(map(str, threads))} threads"] * (len(threads) > 1),
-            ]
-        )
-
-
-def mapping_names(runs):
-    """The mappings of ``runs``: those of the project in its order, then those of plugins by name."""
-    present = {run.mapping for run in runs}
-    return [*(name for name in MAPPINGS if name in present), *sorted(present - MAPPINGS.keys())]
-
-
-def tabulate(runs):
-    """{row: {mapping: `Cell`}} of finished runs, rows in alphabetical order, mappings in that of `mapping_names`."""
-    rows = {}
-    finished = sorted((run for run in runs if run.result is not None), key=lambda run: run.seed)
-    for row in sorted({run.row for run in finished}, key=natural):
-        members = [run for run in finished if run.row == row]
-        rows[row] = {
-            name: Cell(tuple(run for run in members if run.mapping == name)) for name in mapping_names(members)
-        }
-    return rows
-
-
-def natural(row):
-    """Sort numbers within text by their value: epochs 5 before epochs 20."""
-    parts = (re.split("([0-9]{1,9})", str(value)) for value in row)  # every second part is a number
-    return [[(int(part), "") if i % 2 else (0, part) for i, part in enumerate(split)] for split in parts]
-
-
-def data_notes(rows):
-    """{row: a note} for rows that differ from others in their data alone."""
-    names = Counter(row.name for row in rows)
-    words = "rows of this name differ in labels or images"
-    return {row: f"data {row.data}: {words}" for row in rows if names[row.name] > 1}
-
-
-def best_mappings(cells):
-    """The mappings of a row with the best accuracy as printed, a set.
-
-    Only mappings with equal numbers of seeds are compared: of the largest number that several have. ``linear``, which
-    is trained by gradient, is a reference and takes no part.
-    """
-    rivals = {name: cell for name, cell in cells.items() if name != "linear"}
-    sizes = Counter(len(cell.runs) for cell in rivals.values())
-    size = max((size for size, count in sizes.items() if count > 1), default=None)
-    means = {name: round(cell.mean, 1) for name, cell in rivals.items() if len(cell.runs) == size}
-    return {name for name, mean in means.items() if mean == max(means.values())}
-
-
-def published_tables():
-    """The tables of published.json."""
-    return read_json(Path(__file__).with_name("published.json"))["tables"]
-
-
-def published(run, mappings):
-    """What was published for runs like this one.
-
-    Parameters
-    ----------
-    run : Run
-    mappings : collection of str
-        Of which figures are wanted; those of methods that are no mapping of ours are given always.
-
-    Returns
-    -------
-    dict of str to (float, float or None, str)
-        {mapping or method: mean and deviation in percent, source}: of the same data set, backbone and number of shots,
-        and for a vision model of the same input VR.
-    """
-    is_clip, found = run.row.script == SCRIPTS["vlm"], {}
-    for table in published_tables():
-        if "method" in table:
-            alike = is_clip and run.row.backbone.removesuffix("-quickgelu") == table["backbone"]
-            alike = alike and "weights" not in run.distinct
-        else:
-            alike = not is_clip and all(table[key] == run.settings[key] for key in ("backbone", "reprogramming"))
-            alike = alike and table["mapping"] in mappings
-        if alike and run.distinct.get("shots") == table.get("shots") and run.row.dataset in table["accuracy"]:
-            name = table.get("method") or table["mapping"]
-            found[name] = *table["accuracy"][run.row.dataset], table["source"]
-    return found
