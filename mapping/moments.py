@@ -92,7 +92,7 @@ class Moments(Stream):
         """Join the rows, in the order of their digests, and drop those beyond the sample."""
         rows, labels = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
         generator = torch.Generator().manual_seed(0)
-        factors = torch.randint(2**62, (self.num_source + 1,), generator=generator).to(rows.device)
+        factors = torch.randint(2**62, (self.num_source + 1,), generator=generator).to(rows.device, non_blocking=True)
         digest = labels * factors[-1]
         for block, part in zip(digest.split(_ROWS), (rows + 0.0).split(_ROWS), strict=True):  # -0.0 + 0.0 is 0.0
             block += (part.view(torch.int32) * factors[:-1]).sum(1)  # modulo 2^64: in any order the same

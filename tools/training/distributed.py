@@ -2,11 +2,14 @@
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from tools.console import MainProcessFailed
+
+_PATIENCE = timedelta(hours=12)  # of processes that wait for process 0, while it downloads or decodes a data set
 
 
 def rank():
@@ -21,7 +24,7 @@ def world_size():
 
 @contextmanager
 def process_group(device):
-    """Join the group that ``torchrun`` describes (NCCL on GPUs, gloo elsewhere) for as long as the block runs.
+    """Join the group that ``torchrun`` describes for as long as the block runs: gloo, and NCCL between GPUs' tensors.
 
     Raises
     ------
@@ -38,7 +41,7 @@ def process_group(device):
             f"WORLD_SIZE is {size}, but {', '.join(missing)} not set; start several processes with "
             "torchrun --nproc-per-node=N, or unset WORLD_SIZE"
         )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:
@@ -74,11 +77,11 @@ def sum_over_processes(*tensors):
             dist.all_reduce(tensor)
 
 
-def any_process(flag, device):
+def any_process(flag):
     """Whether ``flag`` is true (or how large the greatest one is) in any process; an int."""
     if world_size() == 1:
         return int(flag)
-    value = torch.tensor(int(flag), device=device)
+    value = torch.tensor(int(flag))  # on the CPU: to read it from a GPU would wait for all that is queued there
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)
 

@@ -19,7 +19,7 @@ def choose_device(name):
     Raises
     ------
     ValueError
-        For another name, or a GPU that this machine lacks.
+        For another name, a GPU that this machine lacks, or one for several processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +31,8 @@ def choose_device(name):
         raise ValueError(f"--device {name}: allowed are cpu, cuda, cuda:N and auto")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    elif device.type == "cuda" and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise ValueError(f"--device {name}: torchrun gives each process a GPU of its own; take --device cuda")
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -48,6 +50,9 @@ def choose_precision(name, device):
         return "fp32" if device.type == "cpu" else "fp16"
     if device.type == "cpu" and name in ("tf32", "fp16"):
         raise ValueError(f"--precision {name} needs a GPU; on a CPU take fp32 or bf16")
+    if device.type == "cuda" and name in ("tf32", "bf16") and torch.cuda.get_device_capability(device) < (8, 0):
+        # which emulates the one and ignores the other
+        raise ValueError(f"--precision {name}: {torch.cuda.get_device_name(device)} has none; take fp16 or fp32")
     return name
 
 

@@ -280,7 +280,7 @@ class Session:
             if isinstance(error, torch.OutOfMemoryError):
                 self._warn(
                     f"error: not even one image at a time fits into the memory of {self.trainer.device}; take a "
-                    "smaller --backbone or --canvas-size, or --precision bf16 "
+                    "smaller --backbone or --canvas-size "
                     f"({' '.join(str(error).split()):.200})"
                 )
                 sys.exit(1)

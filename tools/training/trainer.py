@@ -256,7 +256,7 @@ class Trainer:
 
     def check_stop(self):
         """Raise `Interrupted` where a signal has arrived, in any process; all of them must call this."""
-        self.check_stop_here(distributed.any_process(self.should_stop(), self.device))
+        self.check_stop_here(distributed.any_process(self.should_stop()))
 
     def check_stop_here(self, signum=None):
         """Raise `Interrupted` where a signal has arrived in this process."""
@@ -383,8 +383,13 @@ def _load_optimizer(optimizer, saved):
 
 
 def _out_of_memory(error):
-    """Also where cuDNN finds no algorithm whose workspace fits, and where cuBLAS gets none."""
-    said = ("unable to find an engine", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    """Also where cuDNN finds no algorithm whose workspace fits, and where cuBLAS or the driver gets none."""
+    said = (
+        "CUDA error: out of memory",
+        "unable to find an engine",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 

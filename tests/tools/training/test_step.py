@@ -15,7 +15,7 @@ from models.clip import ClipNet
 from models.fast.conv import FrozenConv2d
 from tools.training import numerics
 from tools.training.build import build_clip, build_vision
-from tools.training.numerics import Plan, plan_for, set_up_arithmetic
+from tools.training.numerics import Plan, choose_device, choose_precision, plan_for, set_up_arithmetic
 from tools.training.readout import ClipReadout, Readout
 from tools.training.step import Step
 from tools.training.trainer import NonFiniteError, Trainer
@@ -325,6 +325,26 @@ def test_what_a_device_gets(monkeypatch):
     reasons = "not all parts of --engine, a short run, several processes, --deterministic"
     assert plan == Plan(waits=False, passed_at_once=1024, compiled=False, note=f"not compiled ({reasons})")
     assert not plan_for(gpu, "auto", long).compiled
+
+
+def test_what_a_gpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2060")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu = choose_device("cuda:1")
+    assert choose_precision("auto", gpu) == "fp16" and choose_precision("fp32", gpu) == "fp32"
+    for precision in ("bf16", "tf32"):
+        with pytest.raises(ValueError, match=f"--precision {precision}: RTX 2060 has none; take fp16 or fp32"):
+            choose_precision(precision, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_precision("bf16", gpu) == "bf16" and choose_precision("tf32", gpu) == "tf32"
+    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+        choose_device("cuda:2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("cuda") == gpu
+    with pytest.raises(ValueError, match="take --device cuda$"):
+        choose_device("cuda:1")
 
 
 def test_larger_batches_where_no_gradient_is_needed(tmp_path):
