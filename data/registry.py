@@ -253,8 +253,8 @@ def open_task(name, data_path, test_fraction=None):
         raise ValueError(f"{name} has the classes {opened.class_names}; expected two or more to tell apart")
     if opened.test is None and test_fraction is None:
         raise ValueError(
-            f"{name} has no test images: put them into a folder test/<class>/ beside train/<class>/, or give "
-            "--test-fraction 0.2 to draw that share of each class"
+            f"{name} has no test images: sort them into train/<class>/ and test/<class>/, or give --test-fraction 0.2 "
+            "to draw that share of each class"
         )
     if opened.test is not None and test_fraction is not None:
         raise ValueError(f"--test-fraction: {name} has test images ({opened.test.title}); leave it out")

@@ -170,7 +170,7 @@ def as_table(evaluation, state):
     width = max(len("class"), *(len(printable(c["name"])) for c in classes))
     lines = [
         f"{printable(e['dataset'])}, {e['backbone']}, {e['reprogramming']}, {e['mapping']}, seed {e['seed']}: "
-        f"{e['num_samples']} test images, after {state} ({e['checkpoint']})",
+        f"{e['num_samples']} test images, after {state} ({e['checkpoint']} checkpoint)",
         "",
         f"accuracy                      {e['accuracy']:8.2%}",
         f"top-5 accuracy                {e['top5_accuracy']:8.2%}",

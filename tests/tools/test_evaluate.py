@@ -76,7 +76,7 @@ def test_untrained_run_on_a_share_of_a_folder_without_test_images(tmp_path, caps
     assert len(load_run(folder, splits=("train",)).system.task.train) == 12
     photos.rename(tmp_path / "moved")
     printed = call(capsys, evaluate, folder, "--data-path", tmp_path / "moved", "--device", "cpu")
-    assert printed.err == "" and "6 test images, after one estimate (last)" in printed.out
+    assert printed.err == "" and "6 test images, after one estimate (last checkpoint)" in printed.out
     printed = call(capsys, visualize, folder, "--data-path", tmp_path / "moved", "--out", tmp_path / "figures")
     left_out = [line.split()[1] for line in printed.err.splitlines()]
     assert left_out == ["curves", "evolution"] and "nothing was trained" in printed.err
@@ -90,7 +90,7 @@ def test_best_checkpoint_and_table(vm_run, tmp_path, capsys):
     evaluation = json.loads((tmp_path / "evaluation-best.json").read_text())
     assert evaluation["accuracy"] == result["best_accuracy"] and evaluation["epoch"] == result["best_epoch"]
     assert (tmp_path / "confusion-best.csv").exists() and not (tmp_path / "evaluation.json").exists()
-    assert f"{result['best_accuracy']:.2%}" in table and f"after epoch {result['best_epoch'] + 1} (best)" in table
+    assert f"{result['best_accuracy']:.2%}" in table and f"after epoch {result['best_epoch'] + 1} (best checkpoint)" in table
     *_, blank, written = table.splitlines()
     assert blank == "" and written == f"written: {tmp_path}/evaluation-best.json, {tmp_path}/confusion-best.csv"
     shown = [float(line.split()[3].rstrip("%")) for line in table.splitlines()[-10:-2]]

@@ -18,7 +18,7 @@ from tools.training.run_folder import checkpoint_path, load_checkpoint, read_con
 ESSENTIAL = ("backbone", "reprogramming", "mapping", "seed", "epochs")  # config.json can't alter these
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinishedRun:
     """A run with its program and mapping in place.
 
@@ -39,6 +39,9 @@ class FinishedRun:
     settings: tuple
     checkpoint: dict
     system: System
+
+    def __repr__(self):  # a notebook shows what a cell ends in
+        return f"FinishedRun({str(self.folder)!r}, {self.system.mapping}, after {self.state})"
 
     @property
     def class_names(self):

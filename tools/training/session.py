@@ -84,7 +84,7 @@ class Session:
         )
         self.log(
             f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
-            f"{torch.get_num_threads()} threads, {precision}{plan.note and f', {plan.note}'}; "
+            f"threads {torch.get_num_threads()}, {precision}{plan.note and f', {plan.note}'}; "
             f"{system.network.description}"
         )
         should_stop = self._stack.enter_context(_stop_signals())
