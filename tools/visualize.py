@@ -21,6 +21,7 @@ What cannot be drawn is named with the reason, and left out.
 import csv
 import difflib
 import math
+import textwrap
 import warnings
 from itertools import zip_longest
 from pathlib import Path
@@ -52,10 +53,9 @@ STYLE = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
 }
-# Told apart without colour: dark and light, line style, marker.
-COLOURS = ("#000000", "#0b559f", "#c4622d", "#4aa3a2", "#9467bd", "#8c8c8c", "#d62728", "#2ca02c", "#e0a800", "#e377c2")
+# Told apart without colour: pairs of one darkness, of which a line is whole and one dashed; markers.
+COLOURS = ("#000000", "#0b3d91", "#c4622d", "#2a8f8e", "#c09adb", "#adadad", "#d62728", "#2ca02c", "#e0a800", "#e377c2")
 MARKERS = "osD^vP*Xh<"
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (7, 3)), (0, (2, 2)), (0, (9, 2)))
 BARS = {"color": "#9db4cc", "edgecolor": "#4a6a8a", "linewidth": 0.5}
 LABELS_SHOWN, LABELS_IN_TSNE, IMAGES_IN_TSNE = 6, 10, 50
 SOURCES_SHOWN, ROWS_SHOWN, BARS_SHOWN = 8, 120, 60
@@ -123,10 +123,14 @@ def block_order(weights, rows):
 
 
 def same_class_neighbours(outputs, labels):
-    """Share of samples whose nearest other sample is of the same class; outputs (n, D), labels (n,)."""
+    """Share of samples whose nearest other sample is of the same class; outputs (n, D), labels (n,).
+
+    Samples that are alone in their class don't count; None where all are.
+    """
     distance = torch.cdist(outputs.double(), outputs.double())
     distance.fill_diagonal_(torch.inf)
-    return float((labels[distance.argmin(1)] == labels).double().mean())
+    same = (labels[distance.argmin(1)] == labels)[labels.bincount()[labels] > 1]
+    return float(same.double().mean()) if len(same) else None
 
 
 class Drawing:
@@ -167,34 +171,42 @@ class Drawing:
                 continue
             [logits] = self.run.downstream_logits([image])
             predicted = int(logits.argmax(1))
-            said = _short(self.class_names[predicted], 20)
+            name, said = (textwrap.fill(_short(self.class_names[t], 32), 18) for t in (label, predicted))
             verdict = "✓ recognised" if label == predicted else f"✗ taken for\n{said}"
-            panels.append((self._seen(image)[0].numpy(), _short(self.class_names[label], 20), verdict))
+            panels.append((self._seen(image)[0].numpy(), name, verdict))
             numbers.append({"label": self.class_names[label], "predicted": self.class_names[predicted]})
         figure = Figure(figsize=(1.25 * len(panels), 2.2), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)
         for axis, (image, above, below) in zip(axes[0], panels, strict=True):
-            _show(axis, image)
-            axis.set_title(above)
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            axis.set_title(above, fontsize=7)
             axis.set_xlabel(below, fontsize=7)
-        figure.supxlabel(f"pattern: {caption}", fontsize=6.5)
+        figure.supxlabel(textwrap.fill(f"pattern: {caption}", 25 * len(panels)), fontsize=6.5)
         return figure, {"caption": caption, "images": numbers}
 
     def labels(self, examples=4):
         """Example images of the chosen labels, and bars for the pretrained labels of most weight."""
         tops = [heaviest(self.weights[:, t], SOURCES_SHOWN) for t in self.chosen]
+        images = [self._test_images(label, examples) for label in self.chosen]
+        across = max(map(len, images))
         height = max(0.25 + 0.12 * max(map(len, tops)), 1.0)
         figure = Figure(figsize=(7.2, height * len(self.chosen)), layout="constrained")
         axes = figure.subplots(
-            len(self.chosen), examples + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * examples + [2.4]}
+            len(self.chosen), across + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * across + [6.4 - across]}
         )
         weights = [w for top in tops for _, w in top]
         limit, signed = 1.04 * max(map(abs, weights), default=1), min(weights, default=0) < 0
-        for line, label, top in zip(axes, self.chosen, tops, strict=True):
+        for line, label, top, shown in zip(axes, self.chosen, tops, images, strict=True):
             *places, bars = line
-            for axis, image in zip_longest(places, self._test_images(label, examples)):
-                _show(axis, None if image is None else image.permute(1, 2, 0).numpy())
-            places[0].set_title(_short(self.class_names[label], 60), loc="left", fontweight="bold")
+            for axis, image in zip_longest(places, shown):
+                axis.set_axis_off()
+                if image is not None:
+                    axis.imshow(image.permute(1, 2, 0).numpy())
+            line[0].set_title(" ")  # takes up the height, and the name no width, which would push the images apart
+            name, place = _short(self.class_names[label], 60), {"transform": line[0].transAxes, "in_layout": False}
+            line[0].text(0, 1.06, name, fontweight="bold", **place)
             names = [_short(self.source_names[s], 40) for s, _ in top]
             drawn = bars.barh(range(len(top)), [w for _, w in top], color="#4a6a8a", edgecolor="black", lw=0.4)
             for bar, (_, w) in zip(drawn, top, strict=True):
@@ -247,7 +259,11 @@ class Drawing:
             shown = range(0, len(texts), steps[-1])
             set_ticks(shown, [texts[i] for i in shown], fontsize=min(7, 0.9 * points * steps[-1]))
         axis.tick_params(length=2 if max(steps) > 1 else 0, pad=2)
-        axis.tick_params(axis="x", rotation=90)
+        room = int(72 * width / len(columns) / 4.5)  # in characters
+        if max(len(word) for name in names[0] for word in name.split()) < room:
+            axis.set_xticklabels([textwrap.fill(name, room - 1) for name in names[0]])
+        else:
+            axis.tick_params(axis="x", rotation=90)
         return figure, axis, bar, steps[0]
 
     def curves(self):
@@ -307,10 +323,11 @@ class Drawing:
             for i, s in enumerate(shown):
                 unknown = np.isnan(lines[s])
                 if unknown.any():
-                    bounded, bound = True, np.where(unknown, least, lines[s])
-                    axis.plot(epochs, bound, color=COLOURS[i], linestyle=(0, (1, 2)), linewidth=0.7, clip_on=False)
+                    near = np.convolve(unknown, [1, 1, 1])[1:-1] > 0
+                    bounded, bound = True, np.where(unknown, least, np.where(near, lines[s], np.nan))
+                    axis.plot(epochs, bound, color=COLOURS[i], linestyle=(0, (1, 2)), clip_on=False)
                 axis.plot(epochs, lines[s], label=_short(self.source_names[s], 30), **_line(i, epochs))
-            axis.set_title(_short(self.class_names[label], 60), fontweight="bold")
+            axis.set_title(_short(self.class_names[label], 42), loc="left", fontweight="bold")
             values = [v for s in shown for v in lines[s] if not np.isnan(v)]
             axis.set_ylim(1.08 * min([*values, 0.0]), 1.08 * max([*values, 1e-9]))
             axis.set_ylabel("weight ω")
@@ -328,7 +345,7 @@ class Drawing:
         if bounded:
             kept = history[-1]["labels"].shape[1]
             figure.supxlabel(
-                f"fine dots: not among the {kept} heaviest of that epoch, hence of no larger weight", fontsize=6.5
+                f"dotted: not among the {kept} heaviest of that epoch, hence of no larger weight", fontsize=6.5
             )
         return figure, {"epochs": [entry["epoch"] for entry in history], "weights": numbers}
 
@@ -360,10 +377,11 @@ class Drawing:
                 here, look = places[(labels == t).numpy()], {"marker": MARKERS[i], "edgecolor": COLOURS[i]}
                 look["facecolor"] = "none" if i % 2 else COLOURS[i]
                 axis.scatter(*here.T, s=16, linewidth=0.7, label=_short(self.class_names[t], 24), **look)
-            axis.set(title=f"{title}\nnearest neighbour of the same class: {share:.0%}", xticks=[], yticks=[])
+            said = "" if share is None else f"\nnearest neighbour of the same class: {share:.0%}"
+            axis.set(title=title + said, xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
             numbers[name] = {"same_class_neighbours": share, "places": places.tolist()}
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=6.5)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=6.5)
         return figure, numbers
 
     # ---- what tools.evaluate measured ----
@@ -414,7 +432,8 @@ class Drawing:
             for place, c in enumerate(shown):
                 if c["confused_with"] is not None:
                     axis.text(102, place, f"taken for {_short(c['confused_with'], 24)}", fontsize=5.5, va="center")
-            axis.axvline(100 * evaluation["accuracy"], color="black", linestyle="--", linewidth=0.8)
+            overall = 2 * [100 * evaluation["accuracy"]]  # with a mark, as the line may lie on the frame
+            axis.plot(overall, (-0.6, most - 0.4), "k--v", markevery=[0], linewidth=0.8, clip_on=False)
             axis.set(title=title, xlabel="accuracy, % (dashed: of all images)", xlim=(0, 100), ylim=(most - 0.4, -0.6))
             axis.tick_params(axis="y", length=0)
         return figure, {c["name"]: c["accuracy"] for c in classes}
@@ -431,7 +450,8 @@ class Drawing:
         upper.plot(confidence, accuracy, "ko", clip_on=False, label="at the bin's mean confidence")
         upper.plot([0, 1], [0, 1], color="#b4531f", linestyle="--", label="calibrated")
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"calibration error {evaluation['ece']:.1%}")
-        upper.legend(loc="upper left", fontsize=6.5)
+        look = {"ncols": 3, "fontsize": 6.5, "columnspacing": 1, "handlelength": 1.5}
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", **look)
         lower.bar(left, [b["num_samples"] for b in bins], 1 / len(bins), align="edge", **BARS)
         lower.set(xlabel="confidence", ylabel="images")
         return figure, {"ece": evaluation["ece"], "bins": bins}
@@ -447,19 +467,12 @@ def _named(every):
     return "" if every == 1 else f" (every {every}{'nd' if every == 2 else 'rd' if every == 3 else 'th'} is named)"
 
 
-def _show(axis, image):
-    """An image, or an empty place where there is none, without a frame."""
-    if image is not None:
-        axis.imshow(image)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-
-
 def _line(i, epochs):
-    """The look of the ``i``-th line: marks at some dozen epochs, whole also at the edge of the axes."""
-    look = {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i]}
+    """The look of the ``i``-th line: marks at some dozen epochs, of each line at others, whole also at the edge."""
+    every = max(1, len(epochs) // 10)
+    look = {"color": COLOURS[i], "linestyle": ("-", "--")[i % 2], "marker": MARKERS[i], "zorder": 3 - i / 10}
     face = "white" if i % 2 else COLOURS[i]
-    return look | {"markerfacecolor": face, "markevery": max(1, len(epochs) // 10), "clip_on": False}
+    return look | {"markerfacecolor": face, "markevery": (i * every // 6 % every, every), "clip_on": False}
 
 
 def _epoch_axis(axis, epochs):

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -169,6 +172,105 @@ def test_labels_of_the_heat_map_can_be_read(count, every):
     assert named == every and axis.get_xticks().tolist() == columns[::every]
     sizes = [label.get_fontsize() for label in [*axis.get_xticklabels(), *axis.get_yticklabels()]]
     assert 5.5 <= min(sizes) and max(sizes) <= 7
+    assert {label.get_rotation() for label in axis.get_xticklabels()} == {0 if count == 2 else 90}
+
+
+@pytest.mark.parametrize("names, rotation", [
+    ([str(digit) for digit in range(10)], 0),
+    (["a benign tumour of the skin", "a malignant tumour of the skin"], 0),
+    ([f"pneumonoultramicroscopic disease {t}" for t in range(5)], 90),
+])  # fmt: skip
+def test_names_below_the_heat_map_stand_upright_where_their_words_fit(names, rotation):
+    drawing = object.__new__(visualize.Drawing)
+    drawing.class_names, columns = names, list(range(len(names)))
+    with matplotlib.rc_context(visualize.STYLE):
+        figure, axis, *_ = drawing._heat_map(np.eye(len(names)), columns, columns, names)
+        figure.draw_without_rendering()
+    labels = axis.get_xticklabels()
+    assert {label.get_rotation() for label in labels} == {rotation}
+    assert [" ".join(label.get_text().split()) for label in labels] == [visualize._short(name, 30) for name in names]
+    assert_apart(labels)
+
+
+@pytest.fixture
+def long_names(vm_run):
+    """A run's figures with long names, of four labels: the first two have one test image, the others three."""
+    run = load_run(vm_run, splits=("test",))
+    names = [f"Photograph of a Mediterranean MUSHROOM, No. {t}" for t in range(8)]
+    drawing = visualize.Drawing(replace(run, checkpoint=run.checkpoint | {"class_names": names}), [0, 1, 2, 3])
+    images = drawing._test_images
+    drawing._test_images = lambda label, count: images(label, min(count, 1 if label < 2 else 3))
+    with matplotlib.rc_context(visualize.STYLE):
+        yield drawing
+
+
+def box(artist):
+    return artist.get_window_extent()
+
+
+def assert_apart(artists):
+    """From left to right, each of them beside the last."""
+    assert all(box(one).x1 < box(other).x0 for one, other in pairwise(artists))
+
+
+def assert_inside(figure, artist):
+    page = figure.bbox
+    assert page.x0 <= box(artist).x0 and box(artist).x1 <= page.x1
+    assert page.y0 <= box(artist).y0 and box(artist).y1 <= page.y1
+
+
+def test_long_names_are_whole_and_apart(long_names):
+    outputs, pattern, labels = (getattr(long_names, name)()[0] for name in ("outputs", "pattern", "labels"))
+    for figure in (outputs, pattern, labels):
+        figure.draw_without_rendering()
+    assert_inside(outputs, outputs.legends[0])
+    assert_apart([axis.title for axis in outputs.axes])
+    assert_inside(pattern, pattern._supxlabel)
+    assert_apart([axis.title for axis in pattern.axes])
+    assert_apart([axis.xaxis.label for axis in pattern.axes])
+    assert len(labels.axes) == 4 * (3 + 1), "as many places as the label with most images fills, and the bars"
+    gaps = [other.get_position().x0 - one.get_position().x1 for one, other in pairwise(labels.axes[8:11])]
+    assert gaps[0] == pytest.approx(gaps[1]), "a long title leaves the images where they are"
+    for axis in labels.axes:
+        assert axis.images or axis.patches or not axis.axison, "an empty place covers nothing"
+
+
+def test_neighbours_are_said_where_a_class_has_two_images(long_names):
+    several, _ = long_names.outputs()
+    images = long_names._test_images
+    long_names._test_images = lambda label, count: images(label, 1)
+    alone, numbers = long_names.outputs()
+    assert all("nearest neighbour of the same class: " in axis.get_title() for axis in several.axes)
+    assert not any("neighbour" in axis.get_title() for axis in alone.axes)
+    assert numbers["before"]["same_class_neighbours"] is None
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_the_overall_line_and_the_legend_lie_on_nothing(accuracy):
+    bins = [{"confidence": None, "accuracy": None, "num_samples": 0}] * 15
+    bins[1] = {"confidence": 0.1, "accuracy": 0.95, "num_samples": 9}
+    classes = [{"name": name, "accuracy": accuracy, "confused_with": None} for name in "ab"]
+    evaluation = {"ece": 0.85, "calibration": bins, "accuracy": accuracy, "classes": classes}
+    drawing = object.__new__(visualize.Drawing)
+    drawing._evaluation = lambda: (evaluation, None)
+    with matplotlib.rc_context(visualize.STYLE):
+        reliability, by_class = drawing.reliability()[0], drawing.classes()[0]
+        reliability.draw_without_rendering()
+    (legend,) = reliability.legends
+    assert_inside(reliability, legend)
+    assert not any(box(legend).overlaps(axis.get_tightbbox()) for axis in reliability.axes)
+    (line,) = by_class.axes[0].lines
+    assert set(line.get_xdata()) == {100 * accuracy} and not line.get_clip_on() and line.get_marker() == "v"
+
+
+def test_six_lines_over_many_epochs_are_told_apart_in_grey():
+    """Neighbours in darkness differ in dashes, others in darkness; no two have marks at the same epochs."""
+    lines = [visualize._line(i, range(200)) for i in range(6)]
+    grey = [np.dot(matplotlib.colors.to_rgb(line["color"]), (0.299, 0.587, 0.114)) for line in lines]
+    for i, one in enumerate(lines):
+        for j, other in enumerate(lines[:i]):
+            assert one["linestyle"] != other["linestyle"] or abs(grey[i] - grey[j]) > 0.15
+            assert one["markevery"] != other["markevery"]
 
 
 @pytest.mark.parametrize("kind, mapping, name", [
@@ -186,19 +288,24 @@ def test_rows_of_the_heat_map_are_called_what_they_are(kind, mapping, name):
 
 
 def test_weights_beyond_the_kept_ones_are_drawn_as_bounds():
-    """Label 7 is among the kept two in epochs 0 and 2 only: in epoch 1 it weighs at most 0.3, the lesser of those."""
+    """Label 7 is not among the kept two in epoch 1: there it weighs at most 0.3, the lesser of those.
+
+    The bound's dots fill only the gap, so that they don't fill the dashes of lines, and no other line is dotted.
+    """
     drawing = object.__new__(visualize.Drawing)
     drawing.class_names, drawing.source_names, drawing.chosen = ["rose"], [f"s{i}" for i in range(9)], [0]
-    kept = [((7, 1), (0.6, 0.4)), ((1, 2), (0.5, 0.3)), ((7, 1), (0.7, 0.2))]
+    kept = [((7, 1), (0.6, 0.4)), ((1, 2), (0.5, 0.3)), ((7, 1), (0.7, 0.2)), ((7, 1), (0.7, 0.2))]
     history = [
         {"epoch": e, "labels": torch.tensor([labels]), "weights": torch.tensor([weights], dtype=torch.float64)}
         for e, (labels, weights) in enumerate(kept)
     ]
     drawing.run = SimpleNamespace(checkpoint={"history": history})
     figure, numbers = drawing.evolution()
-    assert numbers["weights"]["rose"][0]["weights"] == [0.6, None, 0.7]
+    assert numbers["weights"]["rose"][0]["weights"] == [0.6, None, 0.7, 0.7]
     dotted, line, *_ = figure.axes[0].lines
-    assert dotted.get_ydata().tolist() == [0.6, 0.3, 0.7] and np.isnan(line.get_ydata()[1])
+    assert dotted.get_ydata()[:3].tolist() == [0.6, 0.3, 0.7] and np.isnan(line.get_ydata()[1])
+    assert np.isnan(dotted.get_ydata()[3]) and line.get_ydata()[3] == 0.7
+    assert all(line.get_linestyle() in ("-", "--") for line in figure.axes[0].lines if line.get_marker() != "None")
     assert "not among the 2 heaviest" in figure._supxlabel.get_text()
 
 
@@ -303,5 +410,7 @@ def test_block_order_undoes_a_shuffle():
 def test_neighbours_and_spread():
     outputs = torch.tensor([[0.0], [1.0], [5.0], [5.5], [5.7]])
     assert same_class_neighbours(outputs, torch.tensor([0, 0, 1, 1, 0])) == pytest.approx(3 / 5)
+    assert same_class_neighbours(outputs, torch.tensor([0, 0, 1, 2, 2])) == 1, "a class of one sample has no such pair"
+    assert same_class_neighbours(outputs, torch.arange(5)) is None
     assert spread(6, 8) == [0, 2, 3, 4, 6, 7]
     assert spread(6, 4) == [0, 1, 2, 3] and spread(2, 100) == [25, 75]
