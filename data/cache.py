@@ -105,7 +105,10 @@ def _decoded(source, preset, pool, threads, bar):
     decoding."""
 
     def store(i):
-        stored = preset.store(source.image(i), source.where(i))
+        try:
+            stored = preset.store(source.image(i), source.where(i))
+        except OSError as error:  # of the source; others are the cache's
+            raise ValueError(f"{source.where(i)}: {error.strerror or error}; restore or remove this image") from error
         return stored, checksum(stored)
 
     total, step = len(source), 32 * threads

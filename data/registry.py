@@ -325,6 +325,18 @@ def load_task(
         The data set has other numbers of samples or classes than the published table; a class has fewer samples than
         `shots`; a class of one sample has none to test.
     """
+    allowed = {
+        f"train fraction is {train_fraction}, expected above 0 and at most 1": 0 < train_fraction <= 1,
+        f"shots is {shots}, expected 1 or more": shots is None or shots >= 1,
+        f"shots {shots} and train fraction {train_fraction} exclude each other": shots is None or train_fraction == 1,
+        f"test fraction is {test_fraction}, expected above 0 and below 1": (
+            test_fraction is None or 0 < test_fraction < 1
+        ),
+        f"validation fraction is {validation_fraction}, expected 0 or more and below 1": 0 <= validation_fraction < 1,
+    }
+    for message, holds in allowed.items():
+        if not holds:
+            raise ValueError(message)
     opened = open_task(name, data_path, test_fraction)
     class_names = [clean_class_name(each) for each in opened.class_names]
     # the smaller split first: what is wrong with it shows before the larger one is decoded

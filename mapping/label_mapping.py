@@ -291,7 +291,11 @@ class MatrixMapping(LabelMapping):
         return _float32_product(logits, self._weights)
 
     def _estimate(self, table):
-        self._weights.copy_(self.estimator(table))
+        weights = self.estimator(table)
+        if weights.shape != self._weights.shape:  # which a copy would spread out in silence
+            got, expected = tuple(weights.shape), tuple(self._weights.shape)
+            raise ValueError(f"{self.name}: its estimator gave weights of shape {got}, expected {expected}")
+        self._weights.copy_(weights)
 
 
 class LdaMapping(LabelMapping):

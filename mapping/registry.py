@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
 from .estimators import bayesian, frequencies
 from .label_mapping import LdaMapping, LinearMapping, MatrixMapping, OneToOneMapping
 from .settings import Setting
@@ -149,6 +151,7 @@ def mapping_settings():
     return described
 
 
+@torch.inference_mode(False)  # which a mapping may outlive
 def build_mapping(name, num_source, num_target, *, seed=0, prior=None, **settings):
     """Build a label mapping.
 

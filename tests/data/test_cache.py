@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data import cache, clip_preset, load_task, padding_preset, watermarking_train_preset
+from data import ArraySource, cache, clip_preset, load_task, padding_preset, watermarking_train_preset
 from data.decode import open_image
 from data.ilmvp import LmdbSource
 from data.image_set import ImageSet, Rows, Streamed
@@ -224,6 +225,17 @@ def test_a_source_that_vanishes_is_no_fault_of_the_cache(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"train/cat/1\.png: No such file or directory; restore or remove"):
         task_of(root, tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_source_of_ones_own_that_can_not_be_read_is_no_fault_of_the_cache(tmp_path, monkeypatch):
+    class Mine(ArraySource):
+        def image(self, i):
+            return Image.open(tmp_path / f"{i}.png")
+
+    source = Mine("mine/train", np.zeros((2, 8, 8, 3), np.uint8), [0, 1])
+    monkeypatch.setattr(cache, "available_memory", lambda: 0)
+    with pytest.raises(ValueError, match="^mine/train/0: No such file or directory; restore or remove this image$"):
+        cache.stored_images(source, padding_preset(16), tmp_path / "a.npy", threads=1, progress=False, check=len)
 
 
 def test_cache_files_have_the_mode_of_the_umask(tmp_path):

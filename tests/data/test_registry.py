@@ -243,6 +243,8 @@ def test_a_share_to_test_is_for_data_without_test_images(tmp_path):
     root = make_class_folders(tmp_path / "photos", {"cat": 1, "dog": 1})
     refused(ValueError, r"has test images \(photos/test\); leave it out", f"folder:{root}", test_fraction=0.2)
     refused(ValueError, r"digits has test images \(digits/test\); leave it out", "digits", test_fraction=0.2)
+    for fraction in (0, 1, -0.5, float("nan")):
+        refused(ValueError, "test fraction is .*, expected above 0 and below 1", "synthetic", test_fraction=fraction)
     shutil.rmtree(root / "test")
     refused(ValueError, "needs two or more images of a class", f"folder:{root}", test_fraction=0.2)
     refused(
@@ -422,6 +424,8 @@ def test_train_fraction_is_stratified_seeded_and_rounds_half_up(monkeypatch):
     whole = task_of("synthetic")
     rows = torch.tensor([int(name.rpartition("/")[2]) for name in task.train.names])
     assert torch.equal(task.train.images[:], whole.train.images[rows])
+    for fraction in (0, -1, 1.01, float("nan")):
+        refused(ValueError, "train fraction is .*, expected above 0 and at", "synthetic", train_fraction=fraction)
 
 
 def test_shots_are_drawn_per_class_with_the_seed(tmp_path):
@@ -436,6 +440,9 @@ def test_shots_are_drawn_per_class_with_the_seed(tmp_path):
     with pytest.warns(UserWarning, match="fewer than 2 training images of 'tulip': all are used"):
         task = task_of(f"folder:{folder}", shots=2)
     assert torch.bincount(task.train.labels).tolist() == [2, 2, 1]
+    for shots in (0, -1):
+        refused(ValueError, f"shots is {shots}, expected 1 or more", "synthetic", shots=shots)
+    refused(ValueError, "shots 2 and train fraction 0.5 exclude", "synthetic", shots=2, train_fraction=0.5)
 
 
 @pytest.mark.parametrize(("more", "each"), [({}, 8), ({"shots": 4}, 4), ({"train_fraction": 0.5}, 4)])
@@ -478,6 +485,8 @@ def test_a_class_is_never_held_out_as_a_whole(tmp_path):
     task = task_of(f"folder:{folder}", validation_fraction=0.9)
     assert torch.bincount(task.train.labels).tolist() == [1, 1, 1] and task.validation.labels.tolist() == [0, 1]
     refused(ValueError, "0.1 holds out no image; give a larger one", f"folder:{folder}", validation_fraction=0.1)
+    for share in (-0.1, 1, float("nan")):
+        refused(ValueError, "validation fraction is .*, expected 0 or", "synthetic", validation_fraction=share)
 
 
 def test_class_name_tables():

@@ -256,16 +256,26 @@ def test_precision_and_layout_of_logits(name, dtype, device):
 
 def test_statistics_outlive_inference_mode_and_carry_no_graph():
     logits, labels = random_batch(50, 10, 4)
-    mapping = build_mapping("blm", 10, 4)
     with torch.inference_mode():
-        mapping.observe(logits.clone(), labels.clone())
+        inside = build_mapping("blm", 10, 4)
+    for mapping in (build_mapping("blm", 10, 4), inside):
+        with torch.inference_mode():
+            mapping.observe(logits.detach().clone(), labels.clone())
+            mapping.refresh()
+            mapping.observe(logits.detach().clone(), labels.clone())
+        mapping.observe(logits.requires_grad_(), labels)
         mapping.refresh()
-        mapping.observe(logits.clone(), labels.clone())
-    mapping.observe(logits.requires_grad_(), labels)
-    mapping.refresh()
-    assert not mapping.weights.requires_grad and not mapping.weights.is_inference()
-    mapping(logits).sum().backward()
-    torch.testing.assert_close(logits.grad, mapping.weights.sum(1).expand(50, 10))
+        assert not mapping.weights.requires_grad and not mapping.weights.is_inference()
+        logits.grad = None
+        mapping(logits).sum().backward()
+        torch.testing.assert_close(logits.grad, mapping.weights.sum(1).expand(50, 10))
+
+
+def test_weights_of_another_shape_are_refused():
+    mapping = MatrixMapping("mine", 10, 4, lambda counts: torch.ones(10, 1))
+    mapping.observe(*random_batch(50, 10, 4))
+    with pytest.raises(ValueError, match=r"mine: its estimator gave weights of shape \(10, 1\), expected \(10, 4\)"):
+        mapping.refresh()
 
 
 # Edges

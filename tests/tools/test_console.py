@@ -109,7 +109,7 @@ def test_ctrl_c_during_the_set_up_of_a_training_run(tmp_path):
 # ---- started by their path ----
 
 
-@pytest.mark.parametrize("path", ["evaluate.py", "report", "report/__main__.py", "sweep"])
+@pytest.mark.parametrize("path", ["evaluate.py", "report", "report/__main__.py", "sweep", "benchmark"])
 def test_a_command_started_by_its_path_says_how_to_start_it(tmp_path, path):
     command = [sys.executable, str(ROOT / "tools" / path), "results"]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

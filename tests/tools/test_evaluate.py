@@ -18,6 +18,7 @@ from data.sources import synthetic
 from tests.conftest import train
 from tests.data.helpers import make_class_folders
 from tools import evaluate, export, predict, visualize
+from tools.training import finished
 from tools.training.checkpoint import write_checkpoint
 from tools.training.finished import load_run
 from tools.training.run_folder import checkpoint_path, load_checkpoint
@@ -66,6 +67,25 @@ def test_agrees_with_training(kind, request, tmp_path, capsys):
     )
 
 
+def test_a_gpu_that_lacks_the_precision_of_a_run_can_take_it_up(linear_run, monkeypatch):
+    """Nothing trains there: what counts is whether convolutions and products rounded to TF32."""
+
+    class Reached(Exception):
+        pass
+
+    def reached(*given):
+        raise Reached(*given)
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(finished, "choose_device", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2060")
+    monkeypatch.setattr(finished, "set_up_arithmetic", reached)
+    with pytest.raises(Reached) as caught:
+        load_run(linear_run, "cuda")
+    assert caught.value.args == (gpu, "bf16", False)
+
+
 def test_untrained_run_on_a_share_of_a_folder_without_test_images(tmp_path, capsys):
     """The tools test on the images that the run tested on, wherever the folder lies by now, and name no epoch."""
     photos = make_class_folders(tmp_path / "all", {"cat": 9, "dog": 9}) / "train"
@@ -90,7 +110,10 @@ def test_best_checkpoint_and_table(vm_run, tmp_path, capsys):
     evaluation = json.loads((tmp_path / "evaluation-best.json").read_text())
     assert evaluation["accuracy"] == result["best_accuracy"] and evaluation["epoch"] == result["best_epoch"]
     assert (tmp_path / "confusion-best.csv").exists() and not (tmp_path / "evaluation.json").exists()
-    assert f"{result['best_accuracy']:.2%}" in table and f"after epoch {result['best_epoch'] + 1} (best checkpoint)" in table
+    assert (
+        f"{result['best_accuracy']:.2%}" in table
+        and f"after epoch {result['best_epoch'] + 1} (best checkpoint)" in table
+    )
     *_, blank, written = table.splitlines()
     assert blank == "" and written == f"written: {tmp_path}/evaluation-best.json, {tmp_path}/confusion-best.csv"
     shown = [float(line.split()[3].rstrip("%")) for line in table.splitlines()[-10:-2]]

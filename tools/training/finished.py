@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tools.training.build import BUILDERS, SPLITS, System
-from tools.training.numerics import choose_device, choose_precision, network_outputs, set_up_arithmetic
+from tools.training.numerics import choose_device, network_outputs, set_up_arithmetic
 from tools.training.plugins import HELP, plugin_fingerprint, require_plugin
 from tools.training.run_folder import checkpoint_path, load_checkpoint, read_config
 
@@ -154,8 +154,7 @@ def load_run(folder, device="cpu", data_path=None, weights=None, splits=SPLITS, 
     if data_path is not None:
         now["data_path"] = str(data_path)
     settings = _frozen(saved | now, folder)
-    precision = saved["precision"] if target.type == "cuda" else "auto"  # tf32 also rounds what is tested
-    set_up_arithmetic(target, choose_precision(precision, target), settings.deterministic)
+    set_up_arithmetic(target, saved["precision"], settings.deterministic)  # tf32 also rounds what is tested
     system = BUILDERS[kind](settings, target, splits, state["class_names"])
     if kind == "vlm" and system.source_names != state["source_names"]:
         raise ValueError(f"{folder} was trained with other prompts than {settings.templates} makes; restore that file")
