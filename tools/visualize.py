@@ -160,11 +160,10 @@ class Drawing:
         vr = self.run.system.input_vr
         stretched, caption = vr.as_image()
         side = vr.image_size
-        panels = [
-            (stretched.numpy(), "pattern", "stretched"),
-            (self._seen(torch.full((1, 3, side, side), 0.5))[0].numpy(), "true strength", "on a grey image"),
-        ]
-        numbers = []
+        panels, numbers = [], []
+        if vr.trainable:
+            grey = self._seen(torch.full((1, 3, side, side), 0.5))[0].numpy()
+            panels = [(stretched.numpy(), "pattern", "stretched"), (grey, "true strength", "on a grey image")]
         for label in self.chosen:
             image = self._test_images(label, 1)
             if not len(image):
@@ -175,6 +174,8 @@ class Drawing:
             verdict = "✓ recognised" if label == predicted else f"✗ taken for\n{said}"
             panels.append((self._seen(image)[0].numpy(), name, verdict))
             numbers.append({"label": self.class_names[label], "predicted": self.class_names[predicted]})
+        if not panels:
+            raise NotDrawn("there is no pattern, and no test image of the classes shown")
         figure = Figure(figsize=(1.25 * len(panels), 2.2), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)
         for axis, (image, above, below) in zip(axes[0], panels, strict=True):
@@ -183,7 +184,8 @@ class Drawing:
             axis.spines[:].set_visible(False)
             axis.set_title(above, fontsize=7)
             axis.set_xlabel(below, fontsize=7)
-        figure.supxlabel(textwrap.fill(f"pattern: {caption}", 25 * len(panels)), fontsize=6.5)
+        if vr.trainable:
+            figure.supxlabel(textwrap.fill(f"pattern: {caption}", 25 * len(panels)), fontsize=6.5)
         return figure, {"caption": caption, "images": numbers}
 
     def labels(self, examples=4):
@@ -368,7 +370,9 @@ class Drawing:
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots(1, 2)
         numbers = {"labels": [self.class_names[t] for t in labels.tolist()]}
-        titles = {"before": "pretrained logits, no pattern", "after": "downstream logits, with pattern and mapping"}
+        titles = {"before": "pretrained logits", "after": "downstream logits, with the mapping"}
+        if system.input_vr.trainable:
+            titles = {"before": "pretrained logits, no pattern", "after": "downstream logits, with pattern and mapping"}
         for axis, (name, title), outputs in zip(axes, titles.items(), (plain, after), strict=True):
             perplexity = min(30, (len(outputs) - 1) / 3)
             places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(outputs.numpy())

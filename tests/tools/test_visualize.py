@@ -414,3 +414,10 @@ def test_neighbours_and_spread():
     assert same_class_neighbours(outputs, torch.arange(5)) is None
     assert spread(6, 8) == [0, 2, 3, 4, 6, 7]
     assert spread(6, 4) == [0, 1, 2, 3] and spread(2, 100) == [25, 75]
+
+
+def test_without_a_pattern_none_is_shown_or_named(tmp_path):
+    drawing = visualize.Drawing(load_run(train("train_vm", tmp_path, "--reprogramming", "none", "--epochs", "0")), [0, 1])
+    for figure in (drawing.pattern()[0], drawing.outputs()[0]):
+        texts = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+        assert texts and not any("pattern" in text for text in texts) and len(figure.axes) == 2
