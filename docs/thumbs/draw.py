@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from matplotlib import font_manager
@@ -53,8 +54,8 @@ def as_text(printed):
     """The upper left corner of a terminal."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), 15)
     image = Image.new("RGB", SIZE, "white")
-    lines = printed.splitlines()
-    ImageDraw.Draw(image).multiline_text((12, 10), "\n".join(lines), "black", font, spacing=4)
+    lines = "\n".join(line if "  " in line else textwrap.fill(line, 58) for line in printed.splitlines())
+    ImageDraw.Draw(image).multiline_text((12, 10), lines, "black", font, spacing=4)
     return image
 
 
