@@ -417,7 +417,9 @@ def test_neighbours_and_spread():
 
 
 def test_without_a_pattern_none_is_shown_or_named(tmp_path):
-    drawing = visualize.Drawing(load_run(train("train_vm", tmp_path, "--reprogramming", "none", "--epochs", "0")), [0, 1])
+    drawing = visualize.Drawing(
+        load_run(train("train_vm", tmp_path, "--reprogramming", "none", "--epochs", "0")), [0, 1]
+    )
     for figure in (drawing.pattern()[0], drawing.outputs()[0]):
         texts = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
         assert texts and not any("pattern" in text for text in texts) and len(figure.axes) == 2
