@@ -329,7 +329,7 @@ class Drawing:
                     bounded, bound = True, np.where(unknown, least, np.where(near, lines[s], np.nan))
                     axis.plot(epochs, bound, color=COLOURS[i], linestyle=(0, (1, 2)), clip_on=False)
                 axis.plot(epochs, lines[s], label=_short(self.source_names[s], 30), **_line(i, epochs))
-            axis.set_title(_short(self.class_names[label], 42), loc="left", fontweight="bold")
+            axis.set_title(textwrap.fill(_short(self.class_names[label], 60), 42), loc="left", fontweight="bold")
             values = [v for s in shown for v in lines[s] if not np.isnan(v)]
             axis.set_ylim(1.08 * min([*values, 0.0]), 1.08 * max([*values, 1e-9]))
             axis.set_ylabel("weight ω")
@@ -438,7 +438,9 @@ class Drawing:
                     axis.text(102, place, f"taken for {_short(c['confused_with'], 24)}", fontsize=5.5, va="center")
             overall = 2 * [100 * evaluation["accuracy"]]  # with a mark, as the line may lie on the frame
             axis.plot(overall, (-0.6, most - 0.4), "k--v", markevery=[0], linewidth=0.8, clip_on=False)
-            axis.set(title=title, xlabel="accuracy, % (dashed: of all images)", xlim=(0, 100), ylim=(most - 0.4, -0.6))
+            axis.set(
+                title=title, xlabel="accuracy, % (▼ and dashed: of all images)", xlim=(0, 100), ylim=(most - 0.4, -0.6)
+            )
             axis.tick_params(axis="y", length=0)
         return figure, {c["name"]: c["accuracy"] for c in classes}
 
