@@ -2,8 +2,8 @@
 
 Seconds per epoch of this project's training beside a plain loop, on the same images, network and recipe, in one run.
 
-The yardstick is written here, the way published code of this field goes about it: a DataLoader whose two workers decode
-every image again with PIL, the backbone as it comes (NCHW, eager), all logits kept for the estimate and counted by the
+The yardstick is written the way published code of this field goes about it: a DataLoader whose two workers decode every
+image again with PIL, the backbone as it comes (NCHW, eager), all logits kept for the estimate and counted by the
 CPU, one-to-one matching by an arg-max for each class, full back-propagation, loss and accuracy read at every step. On
 a GPU it trains under fp16 autocast with a GradScaler, does all else with TF32 in the convolutions, and has cuDNN repeat
 its bits. It differs in one thing: the workers live on from epoch to epoch, as epochs are short here. All others are

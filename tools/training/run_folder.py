@@ -434,7 +434,7 @@ def _is_checkpoint(value):
         and isinstance(value.get("history", []), list)
         and lines
         and all(isinstance(line, dict) and _is_accuracy(line.get("test_accuracy")) for line in lines)
-        and [line.get("epoch") for line in lines] == list(range(len(lines)))
+        and all(type(line.get("epoch")) is int and line["epoch"] == number for number, line in enumerate(lines))
     )
 
 

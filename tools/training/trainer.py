@@ -266,9 +266,8 @@ class Trainer:
 
     def _pass(self, split, epoch, use):
         """Call ``use(outputs, labels)`` for every batch, without gradients."""
-        whole = (
-            "passes" in self.step.compiled
-        )  # which takes no inference tensors, and computes what a batch shares itself
+        # a compiled pass takes no inference tensors, and computes what a batch shares itself
+        whole = "passes" in self.step.compiled
         with (
             torch.no_grad() if whole else torch.inference_mode(),
             nullcontext() if whole else self.network.accumulate(),

@@ -213,11 +213,18 @@ def digits(content, tensors):
     return content.replace('"epoch": 0', '"epoch": ' + "9" * 5000, 1)
 
 
+def tensor_for_an_epoch(content, tensors):
+    return content.replace('"epoch": 0', '"epoch": {"$tensor": "program"}', 1)
+
+
 def no_tensor(content, tensors):
     return content.replace('{"$tensor": "program"}', '{"$tensor": []}')
 
 
-@pytest.mark.parametrize("change", [rename, lose, deep, digits, no_tensor, lambda *_: "3", lambda *_: "{"])
+FORGERIES = [rename, lose, deep, digits, tensor_for_an_epoch, no_tensor, lambda *_: "3", lambda *_: "{"]
+
+
+@pytest.mark.parametrize("change", FORGERIES)
 def test_json_and_tensors_that_do_not_agree(tmp_path, change):
     folder, _ = fill(tmp_path)
     forge(folder / "last.safetensors", change)
