@@ -220,14 +220,18 @@ def assert_inside(figure, artist):
 
 
 def test_long_names_are_whole_and_apart(long_names):
-    outputs, pattern, labels = (getattr(long_names, name)()[0] for name in ("outputs", "pattern", "labels"))
-    for figure in (outputs, pattern, labels):
+    drawn = [getattr(long_names, name)()[0] for name in ("outputs", "pattern", "labels", "evolution")]
+    for figure in drawn:
         figure.draw_without_rendering()
+    outputs, pattern, labels, evolution = drawn
     assert_inside(outputs, outputs.legends[0])
     assert_apart([axis.title for axis in outputs.axes])
     assert_inside(pattern, pattern._supxlabel)
     assert_apart([axis.title for axis in pattern.axes])
     assert_apart([axis.xaxis.label for axis in pattern.axes])
+    assert_apart([axis._left_title for axis in evolution.axes[:2]])
+    for axis in evolution.axes:
+        assert_inside(evolution, axis._left_title)
     assert len(labels.axes) == 4 * (3 + 1), "as many places as the label with most images fills, and the bars"
     gaps = [other.get_position().x0 - one.get_position().x1 for one, other in pairwise(labels.axes[8:11])]
     assert gaps[0] == pytest.approx(gaps[1]), "a long title leaves the images where they are"
