@@ -455,6 +455,17 @@ def test_a_record_is_json_whatever_was_read(results, capsys, place, number):
     assert len([json.loads(each, parse_constant=pytest.fail) for each in outcome.out.splitlines()]) == 5
 
 
+def test_lists_too_deep_in_each_other_cost_their_run_alone(results):
+    """At some depth json reads them, with the stack as it is, but can't write them within a record."""
+    file = next(results.rglob("metrics.jsonl"))
+    first, _, rest = file.read_text().partition("\n")
+    found = set()
+    for depth in range(800, 1000):
+        file.write_text(f'{first[:-1]}, "deep": {"[" * depth}{"]" * depth}}}\n{rest}')
+        found.add(len(find_runs([results])))
+    assert len(found) == 2
+
+
 def test_a_record_is_named_as_a_file(results, capsys, tmp_path):
     run(capsys, results, "--format", "record", "--out", tmp_path / "mine.jsonl")
     shown = [run(capsys, place, "--format", "markdown").out for place in (results, tmp_path / "mine.jsonl")]

@@ -189,8 +189,8 @@ def _checked(parts, place):
         recorded["evaluation"] = numbers | {"classes": classes}
     try:
         line = json.dumps(recorded, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{place} holds a number that is not finite") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} holds a number that is not finite, or lists too deep in each other") from error
     return Run(
         folder=place,
         row=row,
