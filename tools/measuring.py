@@ -1,15 +1,13 @@
 """What a machine is and can do at most, and what a stretch of code takes of it: for the benchmarks."""
 
 import ctypes
-import platform
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from tools.training.numerics import half_dtype, set_up_arithmetic
+from tools.training.numerics import half_dtype, model_of, set_up_arithmetic
 
 
 def synchronize(device):
@@ -21,9 +19,8 @@ def synchronize(device):
 def machine_name(device):
     """The GPU's name, or the CPU's with its cores in use and its vector instructions."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        return model_of(device)
+    return f"{model_of(device)}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def matrix_product_gflops(device, precision):
@@ -72,12 +69,8 @@ class PeakMemory:
     def _highest(self):
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        resident = _first_value("/proc/self/status", "VmHWM")
-        if resident:
-            return 1024 * int(resident.split()[0])
-        import resource  # which Windows lacks
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _best_time(function, device, repeats=5):
@@ -89,9 +82,3 @@ def _best_time(function, device, repeats=5):
         synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _first_value(path, name):
-    """What follows the colon on the first line that starts with ``name``; "" where there is none, or no such file."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

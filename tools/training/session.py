@@ -1,20 +1,18 @@
 """One training run from command line to result: what the three scripts share around their loop."""
 
-import platform
 import signal
 import sys
 import threading
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 
 from tools.console import MainProcessFailed, one_line_warnings, user_errors
 from data import UnreadableImage
 from tools.training import distributed
-from tools.training.numerics import choose_device, choose_precision, plan_for, set_up_arithmetic
+from tools.training.numerics import choose_device, choose_precision, model_of, plan_for, set_up_arithmetic
 from tools.training.plugins import plugin_fingerprint
 from tools.training.run_folder import Run, check_writable, checkpoint_path, summarise
 from tools.training.trainer import Interrupted, NonFiniteError, Trainer
@@ -65,7 +63,7 @@ class Session:
             self._stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             set_up_arithmetic(device, precision, cfg.deterministic, cfg.threads)
             check_writable(cfg.folder)
-            self.run = Run(cfg, self._command, _model_of(device), precision)
+            self.run = Run(cfg, self._command, model_of(device), precision)
             self._stack.enter_context(one_line_warnings(self._warn))
             self.system = system = self._build(cfg, device)
             system.content |= plugin_fingerprint(cfg.plugin)
@@ -83,7 +81,7 @@ class Session:
             f"{loaders['train'].description}"
         )
         self.log(
-            f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {_model_of(device)}, "
+            f"network: {cfg.backbone}, {system.classifier.num_source} pretrained labels, on {model_of(device)}, "
             f"threads {torch.get_num_threads()}, {precision}{plan.note and f', {plan.note}'}; "
             f"{system.network.description}"
         )
@@ -302,17 +300,6 @@ def _heaviest(weights):
         return {"labels": weights[:, None].cpu().int(), "weights": torch.ones(len(weights), 1)}
     labels = weights.abs().topk(min(_HISTORY_LABELS, len(weights)), dim=0).indices
     return {"labels": labels.T.int().cpu(), "weights": weights.gather(0, labels).T.cpu()}
-
-
-def _model_of(device):
-    """The name of the CPU or GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @contextmanager
