@@ -128,4 +128,7 @@ class LmdbFile:
     def _read(self, at, size):
         if at + size > os.fstat(self._file).st_size:  # before memory is taken for it
             raise ValueError("it ends before one of its pages")
-        return os.pread(self._file, size, at)
+        data = os.pread(self._file, size, at)
+        if len(data) != size:  # cut meanwhile, or a file system that gives less than was asked for
+            raise ValueError("it ends before one of its pages")
+        return data
