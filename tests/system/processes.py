@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from data.files import read_json
@@ -22,6 +24,10 @@ PARTS = {
     "train_vm_fast": ["--backbone", "efficientnet_lite0", "--canvas-size", "48"],
     "train_vlm": ["--backbone", "tiny-test", "--weights", "none", "--lr", "10"],
 }
+
+# Starting a process asks for the end of all others, and of two threads that ask for one only one is told it; the other
+# is told 255.
+_ONE_ASKS = threading.Lock()
 
 
 def _context():
@@ -59,7 +65,8 @@ def start_module(module, log, *arguments, errors=None, environment=None):
     """
     command = [str(argument) for argument in arguments]
     process = _context().Process(target=_run, args=(module, command, str(log), str(errors or log), environment or {}))
-    process.start()
+    with _ONE_ASKS:
+        process.start()
     return process
 
 
@@ -71,11 +78,12 @@ def run(script, results, *arguments, timeout=600):
 
 def finish(process, timeout=600):
     """Wait for a process; its exit code. One that hangs is killed and fails the test."""
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
+    over = wait([process.sentinel], timeout)
+    with _ONE_ASKS:
+        if not over:
+            process.kill()
         process.join()
-        raise AssertionError(f"still running after {timeout} s")
+    assert over, f"still running after {timeout} s"
     return process.exitcode
 
 
